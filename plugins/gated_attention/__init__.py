@@ -1,0 +1,226 @@
+"""Gated attention between its projections: q/k norm, partial RoPE, KV append, attention, sigmoid output gate.
+
+    q, gate = q_gate per head;  q, k = RMS(q, 1 + q_norm), RMS(k, 1 + k_norm), then RoPE on the first rotary_dim
+    y = softmax(q kᵀ / sqrt(D), causal) v * sigmoid(gate)
+
+(transformers, Qwen3_5MoeAttention.) Row t stands at position + t; its key and value are written to that slot of the
+cache before anybody reads it, and it sees the slots up to its own, so what rejected drafts left further on is never
+read. `KvAppend` is the same without the queries: what the MTP head needs of a prompt.
+
+Shapes: q_gate [T, Hq 2D] (per head: D of q, D of gate), k and v [T, Hkv D], q_norm and k_norm [D] (zero-centred),
+position int64 [1], kv_cache [2, Hkv, S, D] (keys, then values), S a multiple of 64, y [T, Hq D]. Float32.
+`prefill` chooses the arrangement, not the result: 0 gives every row products of its own, so that its bits do not
+depend on T; 1 shares them between rows, which is faster for many.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from plugins import rms_norm
+from plugins.op import Attributes, Case, Op, floats, ints, number
+
+BLOCK = 64  # attention reads the cache in whole blocks: adding masked slots in blocks leaves every sum's bits alone
+ATTRIBUTES = ("num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta", "epsilon")
+
+
+def inverse_frequencies(rotary_dim: int, rope_theta: float) -> torch.Tensor:
+    """float32 [rotary_dim / 2], as transformers computes them."""
+    return 1.0 / (rope_theta ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim))
+
+
+def rotate(x: torch.Tensor, position: torch.Tensor, rotary_dim: int, rope_theta: float) -> torch.Tensor:
+    """x [T, heads, D]: rotate-half RoPE on the first rotary_dim of D, pairs (i, i + rotary_dim / 2)."""
+    phase = (position + torch.arange(len(x))).float()[:, None] * inverse_frequencies(rotary_dim, rope_theta)
+    cos, sin = phase.cos()[:, None], phase.sin()[:, None]  # [T, 1, rotary_dim / 2]
+    first, second, rest = x.split([rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def append_reference(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_norm: torch.Tensor,
+    position: torch.Tensor,
+    kv_cache: torch.Tensor,
+    **attributes: Any,
+) -> torch.Tensor:
+    heads = attributes["num_kv_heads"]
+    keys = rms_norm.reference(k.unflatten(-1, (heads, -1)), k_norm, epsilon=attributes["epsilon"])
+    keys = rotate(keys, position, attributes["rotary_dim"], attributes["rope_theta"])
+    rows = torch.stack([keys, v.unflatten(-1, (heads, -1))]).transpose(1, 2)  # [2, Hkv, T, D]
+    start = int(position)
+    return torch.cat([kv_cache[:, :, :start], rows, kv_cache[:, :, start + len(k) :]], dim=2)
+
+
+def attention_reference(
+    q_gate: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    position: torch.Tensor,
+    kv_cache: torch.Tensor,
+    **attributes: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kv_cache = append_reference(k, v, k_norm, position, kv_cache, **attributes)
+    rows, heads, dim = len(q_gate), attributes["num_heads"], attributes["head_dim"]
+    q, gate = q_gate.unflatten(-1, (heads, 2 * dim)).chunk(2, dim=-1)
+    q = rms_norm.reference(q, q_norm, epsilon=attributes["epsilon"])
+    q = rotate(q, position, attributes["rotary_dim"], attributes["rope_theta"])
+    slots = int(position) + rows
+    keys, values = kv_cache[:, :, :slots].repeat_interleave(heads // attributes["num_kv_heads"], dim=1)
+    scores = torch.einsum("thd,hsd->ths", q, keys) * dim**-0.5
+    hidden = torch.arange(slots)[None] > (position + torch.arange(rows))[:, None]  # [T, S]
+    weights = scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
+    return (torch.einsum("ths,hsd->thd", weights, values) * gate.sigmoid()).flatten(1), kv_cache
+
+
+def infer_append(*inputs: torch.Tensor, **_: Any) -> list[tuple[torch.dtype, list[Any]]]:
+    return [(torch.float32, list(inputs[-1].shape))]
+
+
+def infer_attention(q_gate: torch.Tensor, *inputs: torch.Tensor, **_: Any) -> list[tuple[torch.dtype, list[Any]]]:
+    return [(torch.float32, [q_gate.shape[0], q_gate.shape[1] // 2]), *infer_append(*inputs)]
+
+
+def append_body(attributes: Attributes) -> str:
+    heads, dim, rotary = attributes["num_kv_heads"], attributes["head_dim"], attributes["rotary_dim"]
+    frequencies = inverse_frequencies(rotary, attributes["rope_theta"]).tolist()
+    return f"""
+        {ints("zero", 0)}
+        {ints("one", 1)}
+        scalar_zero = Constant <value_int = 0> ()
+        scalar_one = Constant <value_int = 1> ()
+        rows = Shape <end = 1> (k)
+        row_count = Squeeze (rows, zero)
+        row = Range (scalar_zero, row_count, scalar_one)
+        row_position = Add (row, position)
+        position_float = Cast <to = 1> (row_position)
+        position_column = Unsqueeze (position_float, one)
+        {floats("frequencies", *frequencies)}
+        phase = Mul (position_column, frequencies)
+        phase3 = Unsqueeze (phase, zero)
+        cos = Cos (phase3)
+        sin = Sin (phase3)
+        {ints("k_heads", 0, heads, dim)}
+        k_split = Reshape (k, k_heads)
+        {rms_norm.norm_body("k_normed", "k_split", "k_norm", attributes["epsilon"])}
+        {ints("k_flat", 1, -1, heads * dim)}
+        k_rows = Reshape (k_normed, k_flat)
+        k_turned = RotaryEmbedding <num_heads = {heads}, rotary_embedding_dim = {rotary}> (k_rows, cos, sin)
+        {ints("kv_shape", 1, -1, heads, dim)}
+        k4 = Reshape (k_turned, kv_shape)
+        v4 = Reshape (v, kv_shape)
+        kv_rows = Concat <axis = 0> (k4, v4)
+        kv = Transpose <perm = [0, 2, 1, 3]> (kv_rows)
+        slots = Concat <axis = 0> (position, position)
+        next_kv_cache = TensorScatter <axis = -2> (kv_cache, kv, slots)"""
+
+
+def attention_body(attributes: Attributes, expanded: bool) -> str:
+    heads, kv_heads, dim = attributes["num_heads"], attributes["num_kv_heads"], attributes["head_dim"]
+    if attributes["prefill"]:
+        arrange = """q_grouped0 = Reshape (q_turned, q_groups)
+        q_grouped = Transpose <perm = [1, 2, 0, 3]> (q_grouped0)
+        keys = Unsqueeze (keys3, one)
+        values = Unsqueeze (values3, one)
+        bias = Identity (bias2)"""
+        gather = "out = Transpose <perm = [2, 0, 1, 3]> (mixed)"
+    else:
+        arrange = """q_grouped = Reshape (q_turned, q_groups)
+        keys = Identity (keys3)
+        values = Identity (values3)
+        bias = Unsqueeze (bias2, middle)"""
+        gather = "out = Identity (mixed)"
+    return f"""
+        {append_body(attributes)}
+        {ints("q_heads", 0, heads, 2 * dim)}
+        q_gate_heads = Reshape (q_gate, q_heads)
+        q_split, gate = Split <axis = 2, num_outputs = 2> (q_gate_heads)
+        {rms_norm.norm_body("q_normed", "q_split", "q_norm", attributes["epsilon"])}
+        {ints("q_flat", 1, -1, heads * dim)}
+        q_rows = Reshape (q_normed, q_flat)
+        q_turned = RotaryEmbedding <num_heads = {heads}, rotary_embedding_dim = {attributes["rotary_dim"]}> (q_rows, cos, sin)
+        {ints("block_less_one", BLOCK - 1)}
+        {ints("block", BLOCK)}
+        {ints("two", 2)}
+        {ints("middle", 1, 2)}
+        end = Add (position, rows)
+        end_up = Add (end, block_less_one)
+        blocks = Div (end_up, block)
+        whole = Mul (blocks, block)
+        seen = Slice (next_kv_cache, zero, whole, two)
+        keys4, values4 = Split <axis = 0, num_outputs = 2> (seen)
+        keys3 = Squeeze (keys4, zero)
+        values3 = Squeeze (values4, zero)
+        whole_count = Squeeze (whole, zero)
+        column = Range (scalar_zero, whole_count, scalar_one)
+        position_rows = Unsqueeze (row_position, one)
+        visible = LessOrEqual (column, position_rows)
+        allowed = Constant <value_float = 0.0> ()
+        forbidden = Constant <value_float = -3e38> ()
+        bias2 = Where (visible, allowed, forbidden)
+        {ints("q_groups", -1, kv_heads, heads // kv_heads, dim)}
+        {arrange}
+        scores = com.microsoft.FusedMatMul <transB = 1, alpha = {number(dim**-0.5)}> (q_grouped, keys)
+        masked = Add (scores, bias)
+        weights = Softmax <axis = -1> (masked)
+        mixed = MatMul (weights, values)
+        {gather}
+        {ints("y_heads", 0, heads, dim)}
+        out_heads = Reshape (out, y_heads)
+        gate_sigmoid = Sigmoid (gate)
+        gated = Mul (out_heads, gate_sigmoid)
+        {ints("y_flat", 0, heads * dim)}
+        y = Reshape (gated, y_flat)"""
+
+
+def append_cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
+    for inputs, attributes in attention_cases(generator, rows):
+        _, k, v, _, *rest = inputs
+        del attributes["num_heads"], attributes["prefill"]
+        yield (k, v, *rest), attributes
+
+
+def attention_cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
+    shapes = [(4, 2, 16, 8, 0, 0), (2, 2, 32, 8, 61, 0), (6, 2, 16, 16, 126, 0), (4, 2, 16, 4, 63, 1), (3, 1, 32, 32, 0, 1)]
+    for heads, kv_heads, dim, rotary_dim, position, prefill in shapes:
+        capacity = (position + rows + BLOCK) // BLOCK * BLOCK + BLOCK
+        inputs = (
+            torch.randn(rows, heads * 2 * dim, generator=generator),
+            torch.randn(rows, kv_heads * dim, generator=generator),
+            torch.randn(rows, kv_heads * dim, generator=generator),
+            torch.randn(dim, generator=generator).bfloat16(),
+            torch.randn(dim, generator=generator),
+            torch.tensor([position]),
+            torch.randn(2, kv_heads, capacity, dim, generator=generator),
+        )
+        attributes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "rotary_dim": rotary_dim}
+        yield inputs, {**attributes, "rope_theta": 1e7, "epsilon": 1e-6, "prefill": prefill}
+
+
+GATED_ATTENTION = Op(
+    name="GatedAttention",
+    inputs=("q_gate", "k", "v", "q_norm", "k_norm", "position", "kv_cache"),
+    outputs=("y", "next_kv_cache"),
+    attributes=(*ATTRIBUTES, "prefill"),
+    reference=attention_reference,
+    infer=infer_attention,
+    body=attention_body,
+    cases=attention_cases,
+    rtol=1e-5,
+)
+
+KV_APPEND = Op(
+    name="KvAppend",
+    inputs=("k", "v", "k_norm", "position", "kv_cache"),
+    outputs=("next_kv_cache",),
+    attributes=tuple(name for name in ATTRIBUTES if name != "num_heads"),
+    reference=append_reference,
+    infer=infer_append,
+    body=lambda attributes, expanded: append_body(attributes),
+    cases=append_cases,
+    rtol=1e-5,
+)
