@@ -1,6 +1,6 @@
 """Every op: torch reference == ONNX function body in ONNX Runtime, and rows whose bits do not depend on T.
 
-    pytest tests/test_ops.py
+pytest tests/test_ops.py
 """
 
 from typing import Any

@@ -185,7 +185,13 @@ def append_cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
 
 
 def attention_cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
-    shapes = [(4, 2, 16, 8, 0, 0), (2, 2, 32, 8, 61, 0), (6, 2, 16, 16, 126, 0), (4, 2, 16, 4, 63, 1), (3, 1, 32, 32, 0, 1)]
+    shapes = [
+        (4, 2, 16, 8, 0, 0),
+        (2, 2, 32, 8, 61, 0),
+        (6, 2, 16, 16, 126, 0),
+        (4, 2, 16, 4, 63, 1),
+        (3, 1, 32, 32, 0, 1),
+    ]
     for heads, kv_heads, dim, rotary_dim, position, prefill in shapes:
         capacity = (position + rows + BLOCK) // BLOCK * BLOCK + BLOCK
         inputs = (

@@ -120,10 +120,12 @@ def infer_verify(*inputs: torch.Tensor, **attributes: Any) -> list[tuple[torch.d
 def body(attributes: Attributes, prefill: bool) -> str:
     k_heads, v_heads = attributes["num_k_heads"], attributes["num_v_heads"]
     k_dim, v_dim = attributes["head_k_dim"], attributes["head_v_dim"]
-    heads = f"q_num_heads = {k_heads}, kv_num_heads = {v_heads}, update_rule = \"gated_delta\""
+    heads = f'q_num_heads = {k_heads}, kv_num_heads = {v_heads}, update_rule = "gated_delta"'
     conv_name = "conv_tail" if prefill else "next_conv_state"
     state_name = "state" if prefill else "next_recurrent_state"
-    final_state, final_conv = ("next_recurrent_state", "next_conv_state") if prefill else ("unused_state", "unused_conv")
+    final_state, final_conv = (
+        ("next_recurrent_state", "next_conv_state") if prefill else ("unused_state", "unused_conv")
+    )
     k_name, v_name, g_name, beta_name = ("k", "v", "g", "beta") if prefill else [f"next_{name}" for name in WINDOW[1:]]
     return f"""
         {ints("zero", 0)}

@@ -33,7 +33,9 @@ def infer(x: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor) -> list[tuple
 
 
 def float_cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
-    for (k, n), dtype in zip([(32, 48), (96, 33), (64, 1)], [torch.bfloat16, torch.float32, torch.float16], strict=True):
+    for (k, n), dtype in zip(
+        [(32, 48), (96, 33), (64, 1)], [torch.bfloat16, torch.float32, torch.float16], strict=True
+    ):
         x = torch.randn(rows, k, generator=generator)
         yield (x, torch.randn(n, k, generator=generator).to(dtype)), {}
 

@@ -38,7 +38,12 @@ def mixture(
 
 
 def float_reference(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, **_: int
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    **_: int,
 ) -> torch.Tensor:
     """gate_up [E, 2I, H], down [E, H, I], of any float dtype."""
     return mixture(x, topk_weights, topk_ids, lambda e: (gate_up[e].float(), down[e].float()))

@@ -1,0 +1,40 @@
+"""ONNX -> engine, and engine -> callable. One class per backend, all with the interface of `Engine`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.manifest import Manifest
+
+Floats = NDArray[np.float32]
+Tokens = NDArray[np.int64]
+
+
+class Engine(Protocol):
+    """The four graphs over one state. H: hidden size, V: vocabulary, T: rows of the call.
+
+    `accepted` tells how many leading rows of the previous verify are true; a call commits those before it runs its
+    own rows. What a call returns stays valid until the next call of the same graph."""
+
+    manifest: Manifest
+
+    def start(self, capacity: int, window: int) -> None:
+        """Fresh state for `capacity` positions and verify calls of up to `window` rows."""
+
+    def prefill(self, token_ids: Tokens, position: int, accepted: int) -> tuple[Floats, Floats]:
+        """hidden [T, H], logits of the last row [1, V]; commits its own rows too."""
+
+    def verify(self, token_ids: Tokens, position: int, accepted: int) -> tuple[Floats, Floats]:
+        """hidden [T, H], logits [T, V]; its rows become the pending window."""
+
+    def mtp_prefill(self, token_ids: Tokens, hidden: Floats, position: int) -> None:
+        """Fills the head's KV cache for rows whose following tokens are token_ids."""
+
+    def draft(self, token_ids: Tokens, hidden: Floats, position: int, accepted: int) -> tuple[Floats, Floats]:
+        """The head's own hidden state [1, H] and logits [1, V] of row accepted - 1."""
+
+    def state(self) -> dict[str, Floats]:
+        """Every state tensor by its binding name, for tests."""

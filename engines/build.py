@@ -1,0 +1,143 @@
+"""Checkpoint -> engine directory: the command behind `make engines`.
+
+Everything is written into a temporary directory beside the target and renamed at the end, so that a build that
+fails, is interrupted or fills the disk leaves the engines that were there before as they were.
+
+    python -m engines.build --model demo/checkpoint --target cpu --out build/demo/cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from engines.manifest import NAME, VERSION, WEIGHTS, Manifest, describe
+from export.checkpoint import Checkpoint
+from export.cli import progress, run, say
+from export.errors import UserError
+from export.model import GRAPHS
+from export.trace import trace
+
+TARGETS = ("cpu",)
+EXPAND_BELOW = 1 << 30  # bytes of float32 weights up to which they are unpacked at load
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def build(
+    model: Path, out: Path, target: str = "cpu", capacity: int | None = None, expanded: bool | None = None
+) -> Manifest:
+    """Build the engine directory `out` from the checkpoint directory `model`.
+
+    Raises UserError for a checkpoint or target that Tandem cannot build."""
+    if target not in TARGETS:
+        raise UserError(f"--target {target}: unknown; this version builds {', '.join(TARGETS)}")
+    if out.exists() and not (out / NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an engine directory; choose another --out or move it away")
+    checkpoint = Checkpoint.open(model)
+    for note in checkpoint.notes:
+        say(note)
+    limit = checkpoint.config.max_position_embeddings
+    if capacity is not None and not 1 <= capacity <= limit:
+        raise UserError(f"--capacity {capacity}: expected 1 to {limit} (the model's max_position_embeddings)")
+    with _replaced(out) as directory:
+        manifest = _fill(checkpoint, directory, target, capacity or limit, expanded)
+        manifest.write(directory)
+    say(f"engines for {target}: {out}")
+    return manifest
+
+
+def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, expanded: bool | None) -> Manifest:
+    with progress("writing the weights") as update:
+        checkpoint.write_weights(directory / WEIGHTS, update)
+    if expanded is None:
+        codes = {"U8": 2}  # two weights a byte
+        size = sum(4 * math.prod(t.shape) * codes.get(t.dtype, 1) for t in checkpoint.tensors.values())
+        expanded = size <= EXPAND_BELOW
+    graphs = GRAPHS if checkpoint.has_mtp else GRAPHS[:2]
+    with progress("tracing the graphs") as update:
+        for i, name in enumerate(graphs):
+            update(i, len(graphs))
+            weights = directory / WEIGHTS
+            model = trace(name, checkpoint.config, checkpoint.tensors, checkpoint.formats, weights, expanded)
+            ir.save(model, directory / f"{name}.onnx")
+    for file in TEXT_FILES:
+        if (checkpoint.directory / file).is_file():
+            shutil.copyfile(checkpoint.directory / file, directory / file)
+    sources, done = list(checkpoint.files()), 0
+    total = sum(path.stat().st_size for path in [*sources, *directory.iterdir()])
+    with progress("hashing") as update:
+
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
+            update(done, total)
+
+        source = {"name": checkpoint.directory.resolve().name, "files": describe(sources, count)}
+        files = describe(directory.iterdir(), count)
+    return Manifest(
+        version=VERSION,
+        target=target,
+        config=checkpoint.config,
+        formats=dict(checkpoint.formats),
+        has_mtp=checkpoint.has_mtp,
+        expanded=expanded,
+        capacity=capacity,
+        versions={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")},
+        source=source,
+        files=files,
+    )
+
+
+@contextlib.contextmanager
+def _replaced(out: Path) -> Iterator[Path]:
+    """Yields a new directory that takes the place of `out` if the block succeeds and vanishes if it does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for stale in out.parent.glob(f".{out.name}.new-*"):
+        if not Path(f"/proc/{stale.name.rpartition('-')[2]}").exists():  # its build was killed
+            shutil.rmtree(stale, ignore_errors=True)
+    fresh = out.parent / f".{out.name}.new-{os.getpid()}"
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    fresh.mkdir()
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield fresh
+        if out.exists():
+            out.rename(old)
+        try:
+            fresh.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        shutil.rmtree(fresh, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m engines.build", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint directory")
+    parser.add_argument("--target", default="cpu", help=f"one of {', '.join(TARGETS)} (default cpu)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="engine directory (default build/<model>/<target>)")
+    parser.add_argument("--capacity", type=int, metavar="N", help="positions a run may use (default: the model's)")
+    options = parser.parse_args()
+    out = options.out or Path("build") / options.model.resolve().name / options.target
+    build(options.model, out, options.target, options.capacity)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,105 @@
+"""What an engine directory holds, and the check that it still holds it.
+
+`manifest.json` names the version and target, the model's config, the checkpoint it was made from, and every file
+with its size and SHA-256. `Manifest.read` refuses a directory that another version wrote or that was changed since.
+Files above 256 MiB are hashed again only when their size or time of change differs from the build's.
+
+    python -c "from engines.manifest import Manifest; print(Manifest.read('build/demo/cpu').target)"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.config import ModelConfig, read_json
+from export.errors import UserError
+
+VERSION = "0.1.0"
+NAME = "manifest.json"
+WEIGHTS = "weights.safetensors"
+LARGE = 256 << 20
+
+
+def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(8 << 20):
+            digest.update(piece)
+            if progress:
+                progress(len(piece))
+    return digest.hexdigest()
+
+
+def describe(files: Iterable[Path], progress: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
+    """name -> size, time of change, hash."""
+    return {
+        path.name: {
+            "size": path.stat().st_size,
+            "mtime_ns": path.stat().st_mtime_ns,
+            "sha256": sha256(path, progress),
+        }
+        for path in sorted(files)
+    }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """target: "cpu". expanded: weights are constant-folded to float32 at load, else they stay packed.
+    capacity: largest number of positions that a run may ask for."""
+
+    version: str
+    target: str
+    config: ModelConfig
+    formats: dict[str, str]
+    has_mtp: bool
+    expanded: bool
+    capacity: int
+    versions: dict[str, str]
+    source: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    def write(self, directory: Path) -> None:
+        values = {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "config": self.config.to_dict()}
+        (directory / NAME).write_text(json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read and check an engine directory.
+
+        Raises UserError: no directory, no manifest, another version, a file that is missing or was changed."""
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such engine directory; make it with `make engines MODEL=<checkpoint>`")
+        if not (directory / NAME).is_file():
+            raise UserError(f"{directory}: not an engine directory (no {NAME}); make one with `make engines MODEL=…`")
+        values = read_json(directory / NAME)
+        rebuild = "build the engines again with `make engines`"
+        if values.get("version") != VERSION:
+            raise UserError(
+                f"{directory / NAME}: written by Tandem {values.get('version')}, this is {VERSION}; {rebuild}"
+            )
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != fields:
+            odd = sorted(set(values) ^ fields)[0]
+            raise UserError(f"{directory / NAME}: field {odd!r} is unknown or absent; {rebuild}")
+        manifest = cls(**{**values, "config": ModelConfig.from_dict(values["config"])})
+        for name, recorded in manifest.files.items():
+            _check(directory / name, recorded, rebuild)
+        return manifest
+
+
+def _check(path: Path, recorded: dict[str, Any], mend: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: missing from the engine directory; {mend}")
+    status = path.stat()
+    if status.st_size != recorded["size"]:
+        raise UserError(f"{path}: {status.st_size} bytes, the manifest says {recorded['size']}; {mend}")
+    if status.st_size > LARGE and status.st_mtime_ns == recorded["mtime_ns"]:
+        return
+    if sha256(path) != recorded["sha256"]:
+        raise UserError(f"{path}: changed since the build (its SHA-256 differs from the manifest's); {mend}")

@@ -1,0 +1,1 @@
+"""Checkpoint -> ONNX: configuration, weights, torch modules, traced graphs."""

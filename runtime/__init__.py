@@ -1,0 +1,1 @@
+"""Engines -> text: rounds of drafting and verifying, sampling, and the commands around them."""

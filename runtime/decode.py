@@ -1,0 +1,145 @@
+"""Decode text: the head drafts K tokens, the main model verifies them, the text is that of plain decoding.
+
+    python -m runtime.decode --prompt "def main():" --mtp-k 2
+
+The text streams to stdout, statistics go to stderr. `--json` ends stdout with one JSON object; `--trace FILE` writes
+one JSON line per round. Without --engines, the demo's engines are used (`make demo` builds them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from engines.onnxruntime import OnnxRuntimeEngine
+from export.cli import progress, run, say
+from export.errors import UserError
+from runtime.rounds import PREFILL_CHUNK, Round, check_request, generate
+from runtime.sampling import Sampler, SamplingConfig
+from runtime.tokenizer import Tokenizer
+
+DEMO = Path("build/demo/cpu")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m runtime.decode", description=__doc__.split("\n")[0])
+    parser.add_argument("--engines", type=Path, default=DEMO, metavar="DIR", help=f"engine directory (default {DEMO})")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE")
+    source.add_argument("--token-ids", metavar="IDS", help='the prompt as token ids, "1 2 3"; needs no tokenizer')
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--mtp-k", type=int, default=2, metavar="K", help="drafts per round, 0: none (default 2)")
+    for field in dataclasses.fields(SamplingConfig):
+        kind = int if field.type == "int" else float
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=kind, default=field.default, metavar="X", help=f"default {field.default}")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after a stop id")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: one per core)")
+    parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write one JSON line per round")
+    return parser.parse_args()
+
+
+def read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+    if options.token_ids is not None:
+        try:
+            return [int(word) for word in options.token_ids.replace(",", " ").split()]
+        except ValueError as error:
+            raise UserError(f"--token-ids: expected integers ({error})") from None
+    text = options.prompt
+    if text is None:
+        try:
+            text = options.prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{options.prompt_file}: not UTF-8 text ({error.reason}); convert it") from None
+    assert tokenizer is not None
+    return tokenizer.encode(text)
+
+
+def summary(rounds: list[Round], text: str | None) -> dict[str, Any]:
+    """What --json prints. The prefill round emits a token but counts neither as a round nor as decoding time."""
+    prefill, decode = rounds[0], rounds[1:]
+    seconds = sum(r.seconds for r in decode)
+    drafts = max((len(r.drafts) for r in decode), default=0)
+    emitted = sum(len(r.tokens) for r in decode)
+    return {
+        "token_ids": [token for r in rounds for token in r.tokens],
+        "text": text,
+        "rounds": len(decode),
+        "drafted": sum(len(r.drafts) for r in decode),
+        "accepted": sum(r.accepted for r in decode),
+        "accepted_per_position": [sum(r.accepted > i for r in decode) for i in range(drafts)],
+        "tokens_per_round": emitted / len(decode) if decode else 0.0,
+        "prefill_seconds": prefill.seconds,
+        "decode_seconds": seconds,
+        "tokens_per_second": emitted / seconds if seconds else 0.0,
+    }
+
+
+def report(result: dict[str, Any], prompt_tokens: int, rounds: list[Round]) -> None:
+    drafted = [sum(len(r.drafts) > i for r in rounds) for i in range(len(result["accepted_per_position"]))]
+    rates = [f"{n / of:.0%}" for n, of in zip(result["accepted_per_position"], drafted, strict=True)]
+    say(f"prompt   {prompt_tokens} tokens, {prompt_tokens / result['prefill_seconds']:.0f} tokens/s")
+    say(
+        f"decode   {len(result['token_ids'])} tokens, {result['tokens_per_second']:.0f} tokens/s, "
+        f"{result['tokens_per_round']:.2f} tokens a round"
+    )
+    if rates:
+        say(f"accepted {', '.join(rates)} at draft position {', '.join(str(i + 1) for i in range(len(rates)))}")
+
+
+def main() -> None:
+    options = parse()
+    sampler = Sampler(SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)}))
+    if options.engines == DEMO and not DEMO.exists():
+        raise UserError(f"{DEMO}: the demo's engines are not built; run `make demo`, or name others with --engines")
+    engine = OnnxRuntimeEngine(options.engines, threads=options.threads)
+    # With --token-ids a tokenizer is welcome, for the text, and not needed.
+    has_tokenizer = options.token_ids is None or (options.engines / "tokenizer.json").is_file()
+    tokenizer = Tokenizer(options.engines) if has_tokenizer else None
+    prompt = read_prompt(options, tokenizer)
+    check_request(engine, prompt, options.max_new_tokens, options.mtp_k)
+    engine.load("main.prefill", "main.verify", *(("mtp.prefill", "mtp.draft") if options.mtp_k else ()))
+    config = engine.manifest.config
+    stop_ids = () if options.ignore_eos else config.eos_token_id
+    rounds: list[Round] = []
+
+    def tokens(update: Any = None) -> Any:
+        for r in generate(engine, prompt, options.max_new_tokens, options.mtp_k, sampler, stop_ids, update):
+            rounds.append(r)
+            yield from r.tokens
+
+    stream = tokens()
+    if len(prompt) > PREFILL_CHUNK:
+        with progress(f"prefill of {len(prompt)} tokens") as update:
+            stream = tokens(update)
+            first = next(stream)
+        stream = _after(first, stream)
+    pieces: list[str] = []
+    for piece in tokenizer.stream(prompt, stream) if tokenizer else (f"{token} " for token in stream):
+        pieces.append(piece)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    result = summary(rounds, "".join(pieces) if tokenizer else None)
+    if options.trace:
+        keys = ("position", "drafts", "accepted", "tokens")
+        lines = [json.dumps({key: getattr(r, key) for key in keys}) for r in rounds[1:]]
+        options.trace.write_text("".join(f"{line}\n" for line in lines))
+    report(result, len(prompt), rounds)
+    if options.json:
+        print(json.dumps(result))
+
+
+def _after(first: int, rest: Any) -> Any:
+    yield first
+    yield from rest
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,145 @@
+"""The draft/verify loop, eager: the readable truth of what a round does.
+
+    d[1..K] <- the head, first on the rows of the last verify (true hidden states), then chained on its own
+    y[0..K] <- main.verify on [last token, d[1..K]]
+    t[i]    <- sample(y[i], position of that row's next token)
+    n       <- length of the longest prefix with t[i] == d[i + 1];  emit t[0..n]
+
+A draft is accepted exactly when it equals what the main model samples in that place, so the tokens are those of
+plain decoding, whatever K is. Rejected rows leave no trace: attention overwrites their slots, and the GDN layers
+commit accepted rows only, at the next call (plugins/gated_delta_net).
+
+    for round in generate(engine, prompt, max_new_tokens=64, mtp_k=2, sampler=sampler): print(round.tokens)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from engines import Engine
+from export.errors import UserError
+from plugins.gated_attention import BLOCK
+from runtime.sampling import Sampler
+
+PREFILL_CHUNK = 256  # rows of one main.prefill call
+
+
+class Round(NamedTuple):
+    """position: index of tokens[0] in the sequence, prompt included. drafts: what the head proposed.
+    accepted: how many leading drafts were right. tokens: what was emitted. seconds: wall time.
+    The first round of a sequence is its prefill: it has no drafts and emits one token."""
+
+    position: int
+    drafts: tuple[int, ...]
+    accepted: int
+    tokens: tuple[int, ...]
+    seconds: float
+
+
+class Decoder:
+    """One sequence on one engine. `prefill` once, then `round` as often as wanted."""
+
+    def __init__(self, engine: Engine, capacity: int, mtp_k: int, sampler: Sampler) -> None:
+        self.engine, self.mtp_k, self.sampler = engine, mtp_k, sampler
+        engine.start(-(-capacity // BLOCK) * BLOCK, window=mtp_k + 1)
+
+    def prefill(self, prompt: Sequence[int], update: Callable[[float, float], None] | None = None) -> int:
+        """Run the prompt through the model in chunks and sample the first token."""
+        tokens = np.asarray(prompt, np.int64)
+        carry = np.empty((0, self.engine.manifest.config.hidden_size), np.float32)
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            hidden, logits = self.engine.prefill(chunk, start, accepted=0)
+            if self.mtp_k:
+                # Row p of the head pairs hidden p with token p + 1, so it lags one row behind, across chunks too.
+                first = start - len(carry)
+                rows = np.concatenate([carry, hidden])
+                if len(rows) > 1:
+                    self.engine.mtp_prefill(tokens[first + 1 : start + len(chunk)], rows[:-1], first)
+                carry = rows[-1:]
+            if update:
+                update(start + len(chunk), len(tokens))
+        self.position = len(tokens)  # of the last sampled token, which no graph has seen yet
+        self.last = self.sampler.sample(logits[0], self.position)
+        self.accepted = 0  # rows of the pending window to commit
+        # What the head has not seen: true hidden states and the tokens that followed them.
+        self.head_hidden, self.head_tokens = carry, [self.last]
+        return self.last
+
+    def draft(self, count: int) -> list[int]:
+        """Propose the next `count` tokens."""
+        drafts: list[int] = []
+        tokens, hidden = self.head_tokens, self.head_hidden
+        row = self.position - len(tokens)
+        for i in range(count):
+            hidden, logits = self.engine.draft(np.asarray(tokens, np.int64), hidden, row, accepted=len(tokens))
+            row += len(tokens)
+            tokens = [self.sampler.sample(logits[0], self.position + 1 + i)]
+            drafts += tokens
+        return drafts
+
+    def round(self, count: int) -> tuple[list[int], list[int]]:
+        """One round with `count` drafts -> (drafts, the tokens they became: one more than were accepted)."""
+        drafts = self.draft(count)
+        rows = np.asarray([self.last, *drafts], np.int64)
+        hidden, logits = self.engine.verify(rows, self.position, self.accepted)
+        tokens = [self.sampler.sample(logits[0], self.position + 1)]
+        while len(tokens) <= count and tokens[-1] == drafts[len(tokens) - 1]:
+            tokens.append(self.sampler.sample(logits[len(tokens)], self.position + 1 + len(tokens)))
+        self.accepted = len(tokens)
+        self.head_hidden, self.head_tokens = hidden[: len(tokens)], tokens
+        self.position += len(tokens)
+        self.last = tokens[-1]
+        return drafts, tokens
+
+
+def check_request(engine: Engine, prompt: Sequence[int], max_new_tokens: int, mtp_k: int) -> None:
+    """Raises UserError for what this engine cannot do."""
+    manifest = engine.manifest
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
+    if not 0 <= mtp_k <= 16:
+        raise UserError(f"--mtp-k {mtp_k}: expected 0 to 16")
+    if mtp_k and not manifest.has_mtp:
+        raise UserError(f"--mtp-k {mtp_k}: this checkpoint has no MTP head; use --mtp-k 0")
+    if not prompt:
+        raise UserError("the prompt has no tokens; give at least one")
+    if wrong := [token for token in prompt if not 0 <= token < manifest.config.vocab_size]:
+        raise UserError(f"token id {wrong[0]}: outside the vocabulary (0 to {manifest.config.vocab_size - 1})")
+    if len(prompt) + max_new_tokens > manifest.capacity:
+        raise UserError(
+            f"prompt ({len(prompt)} tokens) plus --max-new-tokens {max_new_tokens} exceeds the cache of "
+            f"{manifest.capacity} positions; shorten one of them"
+        )
+
+
+def generate(
+    engine: Engine,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    mtp_k: int,
+    sampler: Sampler,
+    stop_ids: Collection[int] = (),
+    update: Callable[[float, float], None] | None = None,
+) -> Iterator[Round]:
+    """Rounds until a stop id, which is emitted, or max_new_tokens. Raises UserError as `check_request`."""
+    check_request(engine, prompt, max_new_tokens, mtp_k)
+    start = time.perf_counter()
+    decoder = Decoder(engine, len(prompt) + max_new_tokens, mtp_k, sampler)
+    token = decoder.prefill(prompt, update)
+    yield Round(len(prompt), (), 0, (token,), time.perf_counter() - start)
+    left = max_new_tokens - 1
+    stopped = token in stop_ids
+    while left and not stopped:
+        start, position = time.perf_counter(), decoder.position + 1
+        drafts, tokens = decoder.round(min(mtp_k, left - 1))  # never more drafts than there are places left
+        end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), None)
+        stopped = end is not None
+        emitted = tokens[:end]
+        accepted = min(len(tokens) - 1, len(emitted))
+        left -= len(emitted)
+        yield Round(position, tuple(drafts), accepted, tuple(emitted), time.perf_counter() - start)

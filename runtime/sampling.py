@@ -1,0 +1,104 @@
+"""Sampling whose noise is a function of (seed, position) alone: argmax of filtered logits + Gumbel noise.
+
+    token = argmax(filter(logits / temperature) + G(seed, position))        # temperature 0: argmax(logits)
+
+Softmax sampling by the Gumbel-max trick. The noise of vocabulary entry v at a position comes from Philox4x32-10
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with key = seed, counter = (v // 4, position, 0,
+0) and lane v % 4, so a position is sampled the same way whoever asks, in whatever order: decoding with drafts and
+without gives the same tokens, and a draft drawn with the noise of its position agrees with the main model with
+probability at least (1 - TV) / (1 + TV) (Daliri, Musco, Suresh 2024, arXiv:2408.07978).
+
+    Sampler(SamplingConfig(temperature=0.8, top_p=0.95, seed=1)).sample(logits, position=17)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import UserError
+
+Floats = NDArray[np.float32]
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. Filters apply in that order, after the
+    temperature, as in transformers. seed: 0 to 2**64 - 1. Raises UserError for a value out of range."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a number from 0 up"),
+            ("top-k", self.top_k >= 0, "an integer from 0 up"),
+            ("top-p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
+            ("min-p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("seed", 0 <= self.seed < 2**64, "an integer from 0 to 2**64 - 1"),
+        ):
+            if not valid:
+                value = getattr(self, name.replace("-", "_"))
+                raise UserError(f"--{name} {value}: expected {expected}")
+
+
+def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
+    """Philox4x32-10: counter [4, N] of 32-bit values (held in uint64) -> [4, N] of 32-bit values."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = (high >> _HALF) ^ c1 ^ np.uint64(k0), high & _MASK
+        c2, c3 = (low >> _HALF) ^ c3 ^ np.uint64(k1), low & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3])
+
+
+def gumbel(seed: int, position: int, entries: NDArray[np.int64]) -> Floats:
+    """Gumbel noise, float32, of these vocabulary entries at this position."""
+    blocks, inverse = np.unique(entries // 4, return_inverse=True)
+    counter = np.zeros((4, len(blocks)), np.uint64)
+    counter[0], counter[1] = blocks, position
+    bits = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))[entries % 4, inverse]
+    # 23 bits, centred in their cell: exact in float32 and never 0 or 1, on any device.
+    uniform = ((bits >> np.uint64(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-23)
+    return -np.log(-np.log(uniform))
+
+
+class Sampler:
+    """`sample(logits, position)` is a pure function: calls may come in any order, and twice."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self.config = config
+
+    def sample(self, logits: Floats, position: int) -> int:
+        """logits float32 [V] of the token that will stand at `position` -> its id."""
+        if self.config.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits / np.float32(self.config.temperature)
+        entries = self._survivors(scaled)
+        return int(entries[(scaled[entries] + gumbel(self.config.seed, position, entries)).argmax()])
+
+    def _survivors(self, scaled: Floats) -> NDArray[np.int64]:
+        """The vocabulary entries that the filters leave, in rising order."""
+        config, entries = self.config, np.arange(len(scaled))
+        if 0 < config.top_k < len(scaled):
+            threshold = np.partition(scaled, -config.top_k)[-config.top_k]
+            entries = np.flatnonzero(scaled >= threshold)
+        if config.top_p < 1:
+            order = entries[np.argsort(-scaled[entries], kind="stable")]
+            p = np.exp(scaled[order].astype(np.float64) - scaled[order[0]])
+            before = np.cumsum(p) - p  # mass of what is more likely
+            entries = np.sort(order[before < config.top_p * p.sum()])
+        if config.min_p > 0:
+            entries = entries[scaled[entries] >= scaled.max() + math.log(config.min_p)]
+        return entries
