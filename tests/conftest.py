@@ -1,0 +1,52 @@
+"""Engines of synthetic checkpoints, built once per test run and shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.build import build
+from engines.onnxruntime import OnnxRuntimeEngine
+from tests.checkpoints import State, random_state, tiny_config, write_checkpoint
+
+
+@dataclass(frozen=True)
+class Built:
+    """checkpoint: the Hugging Face directory. directory: the engines. twin: the float32 weights it stands for."""
+
+    config: dict[str, Any]
+    checkpoint: Path
+    directory: Path
+    twin: State
+
+    def engine(self) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine(self.directory, threads=1)
+
+
+Build = Callable[..., Built]
+
+
+@pytest.fixture(scope="session")
+def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """build_engine(layout, expanded=..., written=..., **overrides of the config) -> Built."""
+    made: dict[str, Built] = {}
+
+    def make(
+        layout: str = "float", expanded: bool = True, written: dict[str, Any] | None = None, **overrides: Any
+    ) -> Built:
+        key = repr((layout, expanded, written, sorted(overrides.items())))
+        if key not in made:
+            root = tmp_path_factory.mktemp("engine")
+            config = tiny_config(**overrides)
+            state = random_state(config, seed=len(made))
+            dtype = {"dtype": "F32"} if layout == "float" else {}
+            twin = write_checkpoint(root / "checkpoint", config, state, layout, **(dtype | (written or {})))
+            build(root / "checkpoint", root / "engines", expanded=expanded)
+            made[key] = Built(config, root / "checkpoint", root / "engines", twin)
+        return made[key]
+
+    return make
