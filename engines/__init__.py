@@ -37,4 +37,4 @@ class Engine(Protocol):
         """The head's own hidden state [1, H] and logits [1, V] of row accepted - 1."""
 
     def state(self) -> dict[str, Floats]:
-        """Every state tensor by its binding name, for tests."""
+        """Every state tensor by its binding name, pending windows with the rows of the last verify; for tests."""

@@ -89,7 +89,8 @@ class OnnxRuntimeEngine:
         return out["next.hidden"], out["logits"]
 
     def state(self) -> dict[str, Floats]:
-        return {**self.buffers, **self.pairs[self.parity]}
+        pair = self.pairs[self.parity]
+        return self.buffers | {n: t[: self.window_rows] if ".pending_" in n else t for n, t in pair.items()}
 
     def _run(self, graph: str, rows: int, **inputs: Any) -> dict[str, Any]:
         is_main = graph.startswith("main")

@@ -99,3 +99,20 @@ def floats(name: str, *values: float) -> str:
 def scalar(name: str, value: float) -> str:
     """A body statement: a float32 constant of rank 0."""
     return f"{name} = Constant <value_float = {number(value)}> ()"
+
+
+PACKET = 4  # ONNX Runtime computes Softplus, Cos and Sin four values at a time and the last few another way
+
+
+def padded(op: str, out: str, x: str, width: int) -> str:
+    """Body statements: out = op(x) for x [T, width], each row's bits independent of the number of rows."""
+    if width % PACKET == 0:
+        return f"{out} = {op} ({x})"
+    return f"""
+        {ints(f"{out}_pads", 0, 0, 0, -width % PACKET)}
+        {out}_padded = Pad ({x}, {out}_pads)
+        {out}_wide = {op} ({out}_padded)
+        {ints(f"{out}_from", 0)}
+        {ints(f"{out}_to", width)}
+        {ints(f"{out}_axis", 1)}
+        {out} = Slice ({out}_wide, {out}_from, {out}_to, {out}_axis)"""

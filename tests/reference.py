@@ -56,7 +56,9 @@ class Reference:
     def head(self, hidden: torch.Tensor, following: list[int]) -> torch.Tensor:
         """Rows p = 0.. of the head on hidden [T, H] and the tokens p + 1 -> its hidden states [T, H]."""
         embedding = self.model.model.embed_tokens(torch.tensor(following))
-        x = torch.cat([self.norms["pre_fc_norm_embedding"](embedding), self.norms["pre_fc_norm_hidden"](hidden)], dim=-1)
+        x = torch.cat(
+            [self.norms["pre_fc_norm_embedding"](embedding), self.norms["pre_fc_norm_hidden"](hidden)], dim=-1
+        )
         x = (x @ self.fc.T)[None]
         rows = x.shape[1]
         positions = torch.arange(rows)[None]

@@ -1,6 +1,6 @@
 """The whole model against transformers in float32, and the head against a head of transformers' parts.
 
-    pytest tests/test_model.py
+pytest tests/test_model.py
 """
 
 from __future__ import annotations

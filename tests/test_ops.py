@@ -105,3 +105,24 @@ def test_tables_of_inputs_are_complete() -> None:
     names = {name for op in OPS for name in op.inputs}
     assert names >= RUNTIME_INPUTS
     assert onnx.defs.onnx_opset_version() >= IMPORTS[""]
+
+
+STATELESS = [op for op in OPS if op.inputs[0] == "x"]
+
+
+@pytest.mark.parametrize("expanded", [True, False], ids=["expanded", "packed"])
+@pytest.mark.parametrize("op", STATELESS, ids=lambda op: op.name)
+def test_bits_of_a_row_do_not_depend_on_the_other_rows(op: Op, expanded: bool) -> None:
+    """Whole verify calls are compared in test_rounds.py; this names the op that breaks the promise."""
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    for inputs, attributes in op.cases(generator, 7):
+        runner = session(op, inputs, attributes, expanded)
+
+        def call(start: int, stop: int, runner: Any = runner, inputs: Any = inputs) -> list[np.ndarray]:
+            pairs = zip(op.inputs, inputs, strict=True)
+            return run(runner, op, tuple(rows_of(name, tensor, start, stop) for name, tensor in pairs))
+
+        alone = [np.concatenate(parts) for parts in zip(*(call(t, t + 1) for t in range(7)), strict=True)]
+        for start, stop in [(0, 7), (0, 2), (1, 4), (2, 7)]:
+            for together, single in zip(call(start, stop), alone, strict=True):
+                np.testing.assert_array_equal(together, single[start:stop])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from plugins import rms_norm
-from plugins.op import Attributes, Case, Op, floats, ints, number
+from plugins.op import Attributes, Case, Op, floats, ints, number, padded
 
 BLOCK = 64  # attention reads the cache in whole blocks: adding masked slots in blocks leaves every sum's bits alone
 ATTRIBUTES = ("num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta", "epsilon")
@@ -101,9 +101,10 @@ def append_body(attributes: Attributes) -> str:
         position_column = Unsqueeze (position_float, one)
         {floats("frequencies", *frequencies)}
         phase = Mul (position_column, frequencies)
-        phase3 = Unsqueeze (phase, zero)
-        cos = Cos (phase3)
-        sin = Sin (phase3)
+        {padded("Cos", "cos_rows", "phase", rotary // 2)}
+        {padded("Sin", "sin_rows", "phase", rotary // 2)}
+        cos = Unsqueeze (cos_rows, zero)
+        sin = Unsqueeze (sin_rows, zero)
         {ints("k_heads", 0, heads, dim)}
         k_split = Reshape (k, k_heads)
         {rms_norm.norm_body("k_normed", "k_split", "k_norm", attributes["epsilon"])}

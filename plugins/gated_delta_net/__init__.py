@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu, softplus
 
-from plugins.op import Attributes, Case, Op, floats, ints, number
+from plugins.op import Attributes, Case, Op, floats, ints, number, padded
 
 L2_EPSILON = 1e-6
 WINDOW = ("pending_conv", "pending_k", "pending_v", "pending_g", "pending_beta")
@@ -175,7 +175,7 @@ def body(attributes: Attributes, prefill: bool) -> str:
         rate = Neg (exp_A)
         bias = Cast <to = 1> (dt_bias)
         biased = Add (a, bias)
-        step = Softplus (biased)
+        {padded("Softplus", "step", "biased", v_heads)}
         {g_name} = Mul (step, rate)
         {beta_name} = Sigmoid (b)
         g3 = Unsqueeze ({g_name}, zero)
