@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from engines import Engine
+from engines.manifest import WEIGHTS
 from engines.torch import TorchEngine
+from export.dequantize import dequantize
 from runtime import rounds
 from runtime.rounds import generate
 from runtime.sampling import Sampler, SamplingConfig
@@ -107,3 +109,12 @@ def test_eager_torch_gives_the_same_tokens(build_engine: Build) -> None:
     prompt = prompt_of(built, 9)
     eager = TorchEngine(built.directory)
     assert tokens_of(eager, prompt, 24, mtp_k=2) == tokens_of(built.engine(), prompt, 24, mtp_k=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dequantized_weights_equal_the_twin(layout: Layout, build_engine: Build) -> None:
+    built = build_engine(layout, True, vocab_size=24)
+    state = dequantize(built.directory / WEIGHTS, built.engine().manifest.formats)
+    assert state.keys() == built.twin.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, built.twin[name], rtol=3e-7, atol=0, msg=name)

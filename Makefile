@@ -1,0 +1,47 @@
+# What a person types. `make setup` is a prerequisite of the rest, so a fresh clone needs only `make demo`.
+#
+#   make demo                                   engines of the demo checkpoint, and text from them
+#   make test                                   the tests
+#   make engines MODEL=<checkpoint directory> [TARGET=cpu] [OUT=<engine directory>]
+
+PYTHON ?= python3
+BIN    := .venv/bin
+TARGET ?= cpu
+MODEL  ?= demo/checkpoint
+OUT    ?= build/$(if $(filter demo/checkpoint,$(MODEL)),demo,$(notdir $(abspath $(MODEL))))/$(TARGET)
+DEMO   := build/demo/cpu
+PROMPT ?= def fibonacci(n):
+
+export PYTHONPATH := .
+
+.PHONY: setup demo test lint bench engines clean
+
+setup: .venv/ready
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+engines: setup
+	$(BIN)/python -m engines.build --model "$(MODEL)" --target "$(TARGET)" --out "$(OUT)"
+
+$(DEMO)/manifest.json: .venv/ready $(wildcard demo/checkpoint/*) $(wildcard export/*.py plugins/*.py plugins/*/*.py engines/*.py)
+	$(BIN)/python -m engines.build --model demo/checkpoint --target cpu --out $(DEMO)
+
+demo: $(DEMO)/manifest.json
+	$(BIN)/python -m runtime.decode --engines $(DEMO) --prompt "$(PROMPT)" --max-new-tokens 160 --mtp-k 2
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2 tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+
+bench: $(DEMO)/manifest.json
+	$(BIN)/python -m runtime.bench --engines $(DEMO) --model demo/checkpoint
+
+clean:
+	rm -rf build

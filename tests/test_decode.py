@@ -1,0 +1,212 @@
+"""The commands as a person types them: results, streams, statistics, and one clear line for bad input.
+
+pytest tests/test_decode.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from tests.checkpoints import random_state, tiny_config, write_checkpoint
+from tests.conftest import Build, Built
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def decode(directory: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run("runtime.decode", "--engines", directory, "--threads", 1, *arguments)
+
+
+def refused(result: subprocess.CompletedProcess[str], *mentions: object) -> None:
+    """One line on stderr that names the thing, exit status 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and result.stderr.splitlines()[-1] == errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+    for mention in mentions:
+        assert str(mention) in errors[0]
+
+
+def bytes_tokenizer(path: Path, vocab_size: int) -> None:
+    """A tokenizer of single characters, so that text in and out can be predicted."""
+    letters = {chr(97 + i): i for i in range(vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="module")
+def built(build_engine: Build) -> Built:
+    return build_engine("modelopt_mixed", True, vocab_size=24)
+
+
+@pytest.fixture(scope="module")
+def spoken(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines of a checkpoint that came with a tokenizer and stop ids."""
+    root = tmp_path_factory.mktemp("spoken")
+    shutil.copytree(built.checkpoint, root / "checkpoint")
+    bytes_tokenizer(root / "checkpoint" / "tokenizer.json", 24)
+    (root / "checkpoint" / "generation_config.json").write_text('{"eos_token_id": [21, 22, 23]}')
+    result = run("engines.build", "--model", root / "checkpoint", "--out", root / "engines")
+    assert result.returncode == 0, result.stderr
+    return root / "engines"
+
+
+def test_json_trace_and_text_agree(spoken: Path, tmp_path: Path) -> None:
+    results = []
+    for mtp_k in (0, 3):
+        trace = tmp_path / f"trace{mtp_k}"
+        flags = ("--max-new-tokens", 30, "--mtp-k", mtp_k, "--temperature", 0.9, "--seed", 4, "--ignore-eos")
+        result = decode(spoken, "--prompt", "hello", *flags, "--json", "--trace", trace)
+        assert result.returncode == 0, result.stderr
+        *text, last = result.stdout.splitlines()
+        value = json.loads(last)
+        assert value["text"] == "".join(text) == "".join(chr(97 + token) for token in value["token_ids"])
+        assert len(value["token_ids"]) == 30
+        rounds = [json.loads(line) for line in trace.read_text().splitlines()]
+        assert [token for r in rounds for token in r["tokens"]] == value["token_ids"][1:]
+        assert [r["position"] for r in rounds] == [
+            6 + sum(len(r["tokens"]) for r in rounds[:i]) for i in range(len(rounds))
+        ]
+        assert all(r["drafts"][: r["accepted"]] == r["tokens"][: r["accepted"]] for r in rounds)
+        assert value["rounds"] == len(rounds)
+        assert value["drafted"] == sum(len(r["drafts"]) for r in rounds)
+        assert value["accepted"] == sum(value["accepted_per_position"]) == sum(r["accepted"] for r in rounds)
+        assert value["tokens_per_round"] == pytest.approx(29 / len(rounds))
+        assert value["tokens_per_second"] == pytest.approx(29 / value["decode_seconds"])
+        assert value["prefill_seconds"] > 0
+        for word in ("prompt", "decode", "tokens/s", "tokens a round"):
+            assert word in result.stderr
+        results.append(value["token_ids"])
+    assert results[0] == results[1]
+
+
+def test_token_ids_need_no_tokenizer(built: Built) -> None:
+    result = decode(built.directory, "--token-ids", "1 2 3", "--max-new-tokens", 5, "--json")
+    value = json.loads(result.stdout.splitlines()[-1])
+    assert value["text"] is None and len(value["token_ids"]) == 5
+    refused(decode(built.directory, "--prompt", "abc"), "tokenizer.json", "--token-ids")
+
+
+def test_stop_ids_end_the_text(spoken: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("abcabc")
+    flags = ("--prompt-file", tmp_path / "prompt", "--temperature", 1.5, "--max-new-tokens", 200, "--json")
+    stopped = json.loads(decode(spoken, *flags).stdout.splitlines()[-1])["token_ids"]
+    full = json.loads(decode(spoken, *flags, "--ignore-eos").stdout.splitlines()[-1])["token_ids"]
+    assert len(full) == 200 and full[: len(stopped)] == stopped
+    assert stopped[-1] in (21, 22, 23) and not {21, 22, 23} & set(stopped[:-1])
+
+
+def test_bad_requests_are_one_line(built: Built, spoken: Path, tmp_path: Path) -> None:
+    refused(decode(tmp_path / "none", "--prompt", "a"), tmp_path / "none", "make engines")
+    refused(decode(tmp_path, "--prompt", "a"), tmp_path, "manifest.json")
+    refused(decode(spoken, "--token-ids", "1 99"), "token id 99", "vocabulary")
+    refused(decode(spoken, "--token-ids", "1 x"), "--token-ids")
+    refused(decode(spoken, "--token-ids", "1", "--max-new-tokens", 512), "512", "cache")
+    refused(decode(spoken, "--token-ids", "1", "--temperature", -1), "--temperature")
+    refused(decode(spoken, "--prompt-file", tmp_path / "missing"), tmp_path / "missing")
+    result = decode(spoken, "--prompt", "a", "--no-such-flag")
+    assert result.returncode == 2 and "--no-such-flag" in result.stderr
+
+
+def test_no_head_refuses_drafts(build_engine: Build) -> None:
+    headless = build_engine(written={"mtp": "none"}, vocab_size=24)
+    refused(decode(headless.directory, "--token-ids", "1", "--mtp-k", 1), "no MTP head", "--mtp-k 0")
+
+
+@pytest.mark.parametrize("what", ["changed", "truncated", "missing", "version", "field"])
+def test_engine_directory_that_was_changed(what: str, built: Built, tmp_path: Path) -> None:
+    copy = tmp_path / "engines"
+    shutil.copytree(built.directory, copy)
+    weights, manifest = copy / "weights.safetensors", copy / "manifest.json"
+    mention = "weights.safetensors"
+    if what == "changed":
+        data = bytearray(weights.read_bytes())
+        data[-7] ^= 1
+        weights.write_bytes(data)
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif what == "missing":
+        (copy / "main.verify.onnx").unlink()
+        mention = "main.verify.onnx"
+    else:
+        values = json.loads(manifest.read_text())
+        values |= {"version": "0.0.1"} if what == "version" else {"surprise": 1}
+        manifest.write_text(json.dumps(values))
+        mention = "0.0.1" if what == "version" else "surprise"
+    refused(decode(copy, "--token-ids", "1"), mention, "make engines")
+
+
+def test_unknown_target_and_model(tmp_path: Path) -> None:
+    refused(run("engines.build", "--model", tmp_path / "none", "--out", tmp_path / "out"), tmp_path / "none")
+    refused(run("engines.build", "--model", tmp_path, "--out", tmp_path / "out"), "config.json")
+    refused(run("engines.build", "--model", tmp_path, "--target", "sm_999", "--out", tmp_path / "out"), "sm_999", "cpu")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    config = tiny_config()
+    write_checkpoint(tmp_path / "model", config, random_state(config))
+    refused(run("engines.build", "--model", tmp_path / "model", "--out", tmp_path / "precious"), "precious")
+    assert (tmp_path / "precious" / "file").read_text() == "mine"
+    refused(
+        run("engines.build", "--model", tmp_path / "model", "--out", tmp_path / "o", "--capacity", 9999), "--capacity"
+    )
+    assert not (tmp_path / "out").exists() and not (tmp_path / "o").exists()
+
+
+def limited(result: Path, size: int) -> list[str]:
+    """A command line that builds with at most `size` bytes per file: a disk that fills up in the middle."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
+    ignore = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    code = f"{limit}{ignore} from engines.build import main; from export.cli import run; run(main)"
+    return [sys.executable, "-c", code, "--model", str(result / "checkpoint"), "--out", str(result / "engines")]
+
+
+def copy_with_engines(built: Built, root: Path) -> bytes:
+    shutil.copytree(built.checkpoint, root / "checkpoint")
+    shutil.copytree(built.directory, root / "engines")
+    return (root / "engines" / "manifest.json").read_bytes()
+
+
+def test_full_disk_leaves_the_old_engines(built: Built, tmp_path: Path) -> None:
+    before = copy_with_engines(built, tmp_path)
+    for size in (1000, 30_000):  # in the weights, in the graphs
+        result = subprocess.run(limited(tmp_path, size), cwd=ROOT, capture_output=True, text=True, timeout=300)
+        refused(result)
+        assert (tmp_path / "engines" / "manifest.json").read_bytes() == before
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "engines"}
+    assert decode(tmp_path / "engines", "--token-ids", "1", "--max-new-tokens", 2).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_interrupted_build_leaves_the_old_engines(number: signal.Signals, built: Built, tmp_path: Path) -> None:
+    before = copy_with_engines(built, tmp_path)
+    command = [sys.executable, "-m", "engines.build", "--model", tmp_path / "checkpoint", "--out", tmp_path / "engines"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob(".engines.new-*/*.onnx")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+        _, stderr = process.communicate()
+    assert process.returncode != 0 and "Traceback" not in stderr
+    assert (tmp_path / "engines" / "manifest.json").read_bytes() == before
+    assert decode(tmp_path / "engines", "--token-ids", "1", "--max-new-tokens", 2).returncode == 0
+    if number == signal.SIGKILL:  # nobody could clean up: the next build does
+        assert run("engines.build", "--model", tmp_path / "checkpoint", "--out", tmp_path / "engines").returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "engines"}
