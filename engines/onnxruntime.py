@@ -17,7 +17,7 @@ import onnxruntime
 from engines import Floats, Tokens
 from engines.manifest import Manifest
 from export.errors import UserError
-from export.model import input_specs, output_specs
+from export.model import input_specs, output_specs, sized
 
 TYPES = {"torch.int64": np.int64, "torch.float32": np.float32}
 
@@ -44,6 +44,8 @@ class OnnxRuntimeEngine:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self.threads
             options.log_severity_level = 3
+            # A session's threads spin after each run; those of the head would take the cores from the main model's.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
             # Folding the unpacking of the weights is what makes them float32 once, at load, instead of in each call.
             disabled = [] if self.manifest.expanded else ["ConstantFolding"]
             self.sessions[graph] = onnxruntime.InferenceSession(
@@ -66,7 +68,7 @@ class OnnxRuntimeEngine:
                 if "layers." not in name:
                     continue
                 for store in (self.buffers,) if name.endswith("kv_cache") else self.pairs:
-                    store[name] = np.zeros([sizes.get(str(dim), dim) for dim in shape], np.float32)
+                    store[name] = np.zeros(sized(shape, sizes), np.float32)
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}
 
     def prefill(self, token_ids: Tokens, position: int, accepted: int) -> tuple[Floats, Floats]:
@@ -110,10 +112,7 @@ class OnnxRuntimeEngine:
         transient = {name: spec for name, spec in {**inputs, **outputs}.items() if "layers." not in name}
         buffers = self.rows.setdefault(
             (graph, rows),
-            {
-                name: np.zeros([sizes.get(str(dim), dim) for dim in shape], TYPES[str(dtype)])
-                for name, (dtype, shape) in transient.items()
-            },
+            {name: np.zeros(sized(shape, sizes), TYPES[str(dtype)]) for name, (dtype, shape) in transient.items()},
         )
         binding = self._session(graph).io_binding()
         for names, bind, states in (
@@ -126,7 +125,7 @@ class OnnxRuntimeEngine:
                     buffer = buffers[name]
                 else:
                     buffer = self.buffers[state] if state in self.buffers else states[state]
-                actual = [sizes.get(str(dim), dim) for dim in shape]
+                actual = sized(shape, sizes)
                 assert buffer.flags.c_contiguous and buffer.nbytes >= 4 * np.prod(actual)
                 bind(name, "cpu", 0, buffer.dtype.type, actual, buffer.ctypes.data)
         return binding

@@ -1,6 +1,6 @@
 """The same graphs as eager torch modules: slow, plain, and the oracle of the other engines.
 
-    engine = TorchEngine(Path("build/demo/cpu"))
+engine = TorchEngine(Path("build/demo/cpu"))
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from engines import Floats, Tokens
 from engines.manifest import WEIGHTS, Manifest
 from export.checkpoint import TensorSpec, load_weights, read_header
-from export.model import GRAPHS, Graph, input_specs, output_specs
+from export.model import GRAPHS, Graph, input_specs, output_specs, sized
 
 
 class TorchEngine:
@@ -31,8 +31,7 @@ class TorchEngine:
         for graph in self.graphs:
             for name, (_, shape) in input_specs(graph, self.manifest.config).items():
                 if "layers." in name:
-                    sizes = [{"S": capacity, "W": 1}.get(str(dim), dim) for dim in shape]
-                    self.tensors[name] = torch.zeros(sizes)
+                    self.tensors[name] = torch.zeros(sized(shape, {"S": capacity, "W": 1}))
 
     def prefill(self, token_ids: Tokens, position: int, accepted: int) -> tuple[Floats, Floats]:
         out = self._run("main.prefill", token_ids=token_ids, position=position, accepted=accepted)

@@ -227,6 +227,18 @@ class _Dense(SwiGlu):
         super().__init__(weights, name)
 
 
+class AppendLayer(nn.Module):
+    """What a prompt row needs of the head's layer: its key and value, no attention, no experts."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, name: str) -> None:
+        super().__init__()
+        self.input_layernorm = RmsNorm(weights, f"{name}.input_layernorm", config.rms_norm_eps)
+        self.self_attn = Attention(config, weights, f"{name}.self_attn", only_append=True)
+
+    def forward(self, x: Tensor, position: Tensor, kv_cache: Tensor) -> Tensor:
+        return self.self_attn.append(self.input_layernorm(x), position, kv_cache)
+
+
 class MtpHead(nn.Module):
     """x = fc([norm(embedding of token p + 1), norm(hidden of p)]), then one attention layer at position p."""
 
@@ -240,11 +252,7 @@ class MtpHead(nn.Module):
             self.norm = RmsNorm(weights, "mtp.norm", epsilon)
             self.layers = nn.ModuleList([Layer(config, weights, "mtp.layers.0", "full_attention")])
             return
-        # A prompt row needs only its key and value: no attention, no experts.
-        layer = nn.Module()
-        layer.input_layernorm = RmsNorm(weights, "mtp.layers.0.input_layernorm", epsilon)
-        layer.self_attn = Attention(config, weights, "mtp.layers.0.self_attn", only_append=True)
-        self.layers = nn.ModuleList([layer])
+        self.layers = nn.ModuleList([AppendLayer(config, weights, "mtp.layers.0")])
 
     def combine(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         return self.fc(torch.cat([self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)], dim=-1))
@@ -285,7 +293,7 @@ class Graph(nn.Module):
         x = self.mtp.combine(embedding, named["hidden"])
         layer = self.mtp.layers[0]
         if self.graph_name == "mtp.prefill":
-            return (layer.self_attn.append(layer.input_layernorm(x), named["position"], cache),)
+            return (layer(x, named["position"], cache),)
         x, (cache,) = layer(x, named["position"], named["accepted"], [cache], prefill=False)
         hidden = self.mtp.norm(x.index_select(0, named["accepted"] - 1))
         return hidden, self._logits(hidden), cache
@@ -316,6 +324,11 @@ class Graph(nn.Module):
 
 
 Spec = tuple[torch.dtype, tuple[int | str, ...]]
+
+
+def sized(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> list[int]:
+    """A shape with its letters replaced by numbers."""
+    return [dim if isinstance(dim, int) else sizes[dim] for dim in shape]
 
 
 def _state_specs(config: ModelConfig, mtp: bool) -> dict[str, Spec]:
@@ -363,7 +376,12 @@ def output_specs(graph: str, config: ModelConfig) -> dict[str, Spec]:
         following[f"next.{name}"] = (dtype, tuple("T" if dim == "W" else dim for dim in shape))
     if graph == "mtp.prefill":
         return following
-    hidden_rows, logits_rows = {"main.prefill": ("T", 1), "main.verify": ("T", "T"), "mtp.draft": (1, 1)}[graph]
+    rows: dict[str, tuple[int | str, int | str]] = {
+        "main.prefill": ("T", 1),
+        "main.verify": ("T", "T"),
+        "mtp.draft": (1, 1),
+    }
+    hidden_rows, logits_rows = rows[graph]
     return {
         "next.hidden" if graph == "mtp.draft" else "hidden": (torch.float32, (hidden_rows, config.hidden_size)),
         "logits": (torch.float32, (logits_rows, config.vocab_size)),

@@ -12,7 +12,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.checkpoint import read_header
 from export.config import ModelConfig
-from export.model import Graph, Spec, input_specs, output_specs
+from export.model import Graph, Spec, input_specs, output_specs, sized
 from plugins import DOMAIN, OPS
 from plugins.op import IMPORTS
 
@@ -48,7 +48,7 @@ def trace(
     inputs = input_specs(name, config)
     with FakeTensorMode():  # no memory behind the weights, nor behind the samples
         graph = Graph(name, config, tensors, formats, device="cpu")
-        samples = [torch.empty([SAMPLE.get(str(d), d) for d in shape], dtype=dtype) for dtype, shape in inputs.values()]
+        samples = [torch.empty(sized(shape, SAMPLE), dtype=dtype) for dtype, shape in inputs.values()]
     dims = {letter: torch.export.Dim(letter, min=1, max=2**31 - 1) for letter in SAMPLE}
     shapes = [{i: dims[d] for i, d in enumerate(shape) if isinstance(d, str)} for _, shape in inputs.values()]
     with _quiet():
@@ -67,7 +67,7 @@ def trace(
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """The exporter reports on stdout and through warnings what is no concern of the user."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -80,7 +80,7 @@ def _quiet():  # type: ignore[no-untyped-def]
             logger.setLevel(level)
 
 
-def _name(values: list[ir.Value], specs: dict[str, Spec]) -> None:
+def _name(values: Sequence[ir.Value], specs: dict[str, Spec]) -> None:
     assert len(values) == len(specs), f"the graph has {len(values)} bindings, the design {len(specs)}"
     for value, (name, (_, shape)) in zip(values, specs.items(), strict=True):
         value.name = name

@@ -43,8 +43,11 @@ class Round(NamedTuple):
 class Decoder:
     """One sequence on one engine. `prefill` once, then `round` as often as wanted."""
 
-    def __init__(self, engine: Engine, capacity: int, mtp_k: int, sampler: Sampler) -> None:
-        self.engine, self.mtp_k, self.sampler = engine, mtp_k, sampler
+    def __init__(
+        self, engine: Engine, capacity: int, mtp_k: int, sampler: Sampler, drafter: Sampler | None = None
+    ) -> None:
+        """drafter: how drafts are drawn, by default with the sampler's own noise; the text does not depend on it."""
+        self.engine, self.mtp_k, self.sampler, self.drafter = engine, mtp_k, sampler, drafter or sampler
         engine.start(-(-capacity // BLOCK) * BLOCK, window=mtp_k + 1)
 
     def prefill(self, prompt: Sequence[int], update: Callable[[float, float], None] | None = None) -> int:
@@ -78,7 +81,7 @@ class Decoder:
         for i in range(count):
             hidden, logits = self.engine.draft(np.asarray(tokens, np.int64), hidden, row, accepted=len(tokens))
             row += len(tokens)
-            tokens = [self.sampler.sample(logits[0], self.position + 1 + i)]
+            tokens = [self.drafter.sample(logits[0], self.position + 1 + i)]
             drafts += tokens
         return drafts
 
@@ -125,11 +128,12 @@ def generate(
     sampler: Sampler,
     stop_ids: Collection[int] = (),
     update: Callable[[float, float], None] | None = None,
+    drafter: Sampler | None = None,
 ) -> Iterator[Round]:
     """Rounds until a stop id, which is emitted, or max_new_tokens. Raises UserError as `check_request`."""
     check_request(engine, prompt, max_new_tokens, mtp_k)
     start = time.perf_counter()
-    decoder = Decoder(engine, len(prompt) + max_new_tokens, mtp_k, sampler)
+    decoder = Decoder(engine, len(prompt) + max_new_tokens, mtp_k, sampler, drafter)
     token = decoder.prefill(prompt, update)
     yield Round(len(prompt), (), 0, (token,), time.perf_counter() - start)
     left = max_new_tokens - 1

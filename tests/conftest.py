@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process per core: more threads only wait for each other
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +15,7 @@ import pytest
 
 from engines.build import build
 from engines.onnxruntime import OnnxRuntimeEngine
-from tests.checkpoints import State, random_state, tiny_config, write_checkpoint
+from tests.checkpoints import Layout, State, random_state, tiny_config, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Build:
     made: dict[str, Built] = {}
 
     def make(
-        layout: str = "float", expanded: bool = True, written: dict[str, Any] | None = None, **overrides: Any
+        layout: Layout = "float", expanded: bool = True, written: dict[str, Any] | None = None, **overrides: Any
     ) -> Built:
         key = repr((layout, expanded, written, sorted(overrides.items())))
         if key not in made:

@@ -197,7 +197,8 @@ def test_full_disk_leaves_the_old_engines(built: Built, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_interrupted_build_leaves_the_old_engines(number: signal.Signals, built: Built, tmp_path: Path) -> None:
     before = copy_with_engines(built, tmp_path)
-    command = [sys.executable, "-m", "engines.build", "--model", tmp_path / "checkpoint", "--out", tmp_path / "engines"]
+    arguments = ["--model", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "engines")]
+    command = [sys.executable, "-m", "engines.build", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob(".engines.new-*/*.onnx")):
             assert process.poll() is None

@@ -13,6 +13,7 @@ from export.errors import UserError
 from runtime.sampling import Sampler, SamplingConfig, gumbel, philox
 
 # Known answers of Philox4x32-10 published with Random123 (kat_vectors): counter, key, result.
+NO_IDS = torch.LongTensor()
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -50,11 +51,11 @@ def test_filters_keep_what_transformers_keeps(filters: dict[str, float], tempera
         scaled = torch.randn(1, 50) * 3 / temperature
         kept = scaled
         if "top_k" in filters:
-            kept = TopKLogitsWarper(int(filters["top_k"]))(None, kept)
+            kept = TopKLogitsWarper(int(filters["top_k"]))(NO_IDS, kept)
         if "top_p" in filters:
-            kept = TopPLogitsWarper(filters["top_p"])(None, kept)
+            kept = TopPLogitsWarper(filters["top_p"])(NO_IDS, kept)
         if "min_p" in filters:
-            kept = MinPLogitsWarper(filters["min_p"])(None, kept)
+            kept = MinPLogitsWarper(filters["min_p"])(NO_IDS, kept)
         expected = torch.isfinite(kept[0]).nonzero()[:, 0].tolist()
         assert sampler._survivors(scaled[0].numpy()).tolist() == expected
 

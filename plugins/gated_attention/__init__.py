@@ -143,7 +143,8 @@ def attention_body(attributes: Attributes, expanded: bool) -> str:
         {rms_norm.norm_body("q_normed", "q_split", "q_norm", attributes["epsilon"])}
         {ints("q_flat", 1, -1, heads * dim)}
         q_rows = Reshape (q_normed, q_flat)
-        q_turned = RotaryEmbedding <num_heads = {heads}, rotary_embedding_dim = {attributes["rotary_dim"]}> (q_rows, cos, sin)
+        q_turned = RotaryEmbedding <num_heads = {heads}, rotary_embedding_dim = {attributes["rotary_dim"]}> (
+            q_rows, cos, sin)
         {ints("block_less_one", BLOCK - 1)}
         {ints("block", BLOCK)}
         {ints("two", 2)}

@@ -17,7 +17,7 @@ Shapes: qkv_in [T, C], z [T, Hv Dv], b and a [T, Hv], conv_weight [C, kernel], A
 pending_beta [W, Hv]. C = 2 Hk Dk + Hv Dv. Float32; A_log, dt_bias and the weights may be bfloat16.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,19 +64,10 @@ def commit(
 
 
 def mix(
-    qkv_in: torch.Tensor,
-    z: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    conv_weight: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    recurrent_state: torch.Tensor,
-    conv_state: torch.Tensor,
-    attributes: Attributes,
+    projections: Sequence[torch.Tensor], recurrent_state: torch.Tensor, conv_state: torch.Tensor, **attributes: Any
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """-> y [T, Hv Dv], the state after all rows, the rows as a window."""
+    """projections: INPUTS but `accepted` -> y [T, Hv Dv], the state after all rows, the rows as a window."""
+    qkv_in, z, b, a, conv_weight, A_log, dt_bias, norm_weight = projections
     k_heads, v_heads = attributes["num_k_heads"], attributes["num_v_heads"]
     k_dim, v_dim = attributes["head_k_dim"], attributes["head_v_dim"]
     q, k, v = convolve(conv_state, qkv_in, conv_weight).split([k_heads * k_dim, k_heads * k_dim, v_heads * v_dim], -1)
@@ -94,7 +85,7 @@ def verify_reference(*inputs: torch.Tensor, **attributes: Any) -> tuple[torch.Te
     *projections, accepted, recurrent_state, conv_state = inputs[: len(INPUTS) + len(STATES)]
     window = inputs[len(INPUTS) + len(STATES) :]
     recurrent_state, conv_state = commit(accepted, recurrent_state, conv_state, window)
-    y, _, rows = mix(*projections, recurrent_state, conv_state, attributes)
+    y, _, rows = mix(projections, recurrent_state, conv_state, **attributes)
     return y, recurrent_state, conv_state, *rows
 
 
@@ -102,7 +93,7 @@ def prefill_reference(*inputs: torch.Tensor, **attributes: Any) -> tuple[torch.T
     *projections, accepted, recurrent_state, conv_state = inputs[: len(INPUTS) + len(STATES)]
     window = inputs[len(INPUTS) + len(STATES) :]
     recurrent_state, conv_state = commit(accepted, recurrent_state, conv_state, window)
-    y, state, _ = mix(*projections, recurrent_state, conv_state, attributes)
+    y, state, _ = mix(projections, recurrent_state, conv_state, **attributes)
     return y, state, torch.cat([conv_state, projections[0]])[-len(conv_state) :]
 
 
@@ -147,7 +138,8 @@ def body(attributes: Attributes, prefill: bool) -> str:
         commit_k3 = Unsqueeze (pending_k, zero)
         commit_v3 = Unsqueeze (pending_v, zero)
         state4 = Unsqueeze (recurrent_state, zero)
-        commit_o, committed4 = com.microsoft.LinearAttention <{heads}> (commit_k3, commit_k3, commit_v3, state4, commit_g3, commit_beta3)
+        commit_o, committed4 = com.microsoft.LinearAttention <{heads}> (
+            commit_k3, commit_k3, commit_v3, state4, commit_g3, commit_beta3)
         {state_name} = Squeeze (committed4, zero)
         raw = Concat <axis = 0> (conv_state, pending_conv)
         tail_rows = Shape <end = 1> (conv_state)
@@ -157,7 +149,8 @@ def body(attributes: Attributes, prefill: bool) -> str:
         qkv3 = Unsqueeze (qkv_in, zero)
         conv_w = Cast <to = 1> (conv_weight)
         conv_w3 = Unsqueeze (conv_w, kernel_axis)
-        mixed, present_tail = com.microsoft.CausalConvWithState <channels_last = 1, activation = "silu"> (qkv3, conv_w3, , tail3)
+        mixed, present_tail = com.microsoft.CausalConvWithState <channels_last = 1, activation = "silu"> (
+            qkv3, conv_w3, , tail3)
         {final_conv} = Squeeze (present_tail, zero)
         {ints("parts", 2 * k_heads * k_dim, v_heads * v_dim)}
         qk, v3 = Split <axis = 2> (mixed, parts)
@@ -180,7 +173,8 @@ def body(attributes: Attributes, prefill: bool) -> str:
         {beta_name} = Sigmoid (b)
         g3 = Unsqueeze ({g_name}, zero)
         beta3 = Unsqueeze ({beta_name}, zero)
-        o, final4 = com.microsoft.LinearAttention <{heads}, scale = {number(k_dim**-0.5)}> (q3, k3, v3, committed4, g3, beta3)
+        o, final4 = com.microsoft.LinearAttention <{heads}, scale = {number(k_dim**-0.5)}> (
+            q3, k3, v3, committed4, g3, beta3)
         {final_state} = Squeeze (final4, zero)
         {"" if prefill else "next_pending_conv = Identity (qkv_in)"}
         norm_w = Cast <to = 1> (norm_weight)
@@ -203,14 +197,18 @@ def cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
         channels = 2 * k_heads * k_dim + v_heads * v_dim
         accepted = int(torch.randint(0, window + 1, (1,), generator=generator))
         keys = torch.nn.functional.normalize(normal(window, k_heads, k_dim), dim=-1).flatten(1)
-        yield (
-            (normal(rows, channels), normal(rows, v_heads * v_dim), normal(rows, v_heads), normal(rows, v_heads))
-            + (normal(channels, 4).bfloat16(), normal(v_heads), normal(v_heads).bfloat16(), normal(v_dim))
-            + (torch.tensor([accepted]), normal(v_heads, k_dim, v_dim), normal(3, channels))
-            + (normal(window, channels), keys, normal(window, v_heads * v_dim))
-            + (-normal(window, v_heads).abs(), normal(window, v_heads).sigmoid()),
-            {"num_k_heads": k_heads, "num_v_heads": v_heads, "head_k_dim": k_dim, "head_v_dim": v_dim, "epsilon": 1e-6},
-        )
+        projections = [
+            normal(rows, channels),
+            normal(rows, v_heads * v_dim),
+            normal(rows, v_heads),
+            normal(rows, v_heads),
+        ]
+        weights = [normal(channels, 4).bfloat16(), normal(v_heads), normal(v_heads).bfloat16(), normal(v_dim)]
+        states = [torch.tensor([accepted]), normal(v_heads, k_dim, v_dim), normal(3, channels)]
+        pending = [normal(window, channels), keys, normal(window, v_heads * v_dim)]
+        gates = [-normal(window, v_heads).abs(), normal(window, v_heads).sigmoid()]
+        attributes = {"num_k_heads": k_heads, "num_v_heads": v_heads, "head_k_dim": k_dim, "head_v_dim": v_dim}
+        yield (*projections, *weights, *states, *pending, *gates), {**attributes, "epsilon": 1e-6}
 
 
 GATED_DELTA_NET_VERIFY = Op(

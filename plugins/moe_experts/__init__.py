@@ -1,4 +1,4 @@
-"""The routed experts of a mixture: y[t] = Σ_j topk_weights[t, j] · down_e(silu(gate_e x[t]) · up_e x[t]), e = topk_ids[t, j].
+"""The routed experts: y[t] = Σ_j topk_weights[t, j] · down_e(silu(gate_e x[t]) · up_e x[t]), e = topk_ids[t, j].
 
 Rows 0..I of gate_up are the gate, the rest is up. Two function bodies. Expanded: one product over all experts with
 the unrouted ones weighted by zero: twice as fast as gathering at the sizes for which weights are expanded, and as
@@ -113,7 +113,8 @@ def loop_body(attributes: Attributes, unpack: str) -> str:
         always = Constant <value = bool {{1}}> ()
         count = Constant <value_int = {attributes["num_experts"]}> ()
         none = Constant <value_float = 0.0> ()
-        y = Loop (count, always, nothing) <body = over_experts (int64 e, bool going, float[T, H] sum) => (bool going_on, float[T, H] sum_out) {{
+        y = Loop (count, always, nothing) <body = over_experts (int64 e, bool going, float[T, H] sum)
+                => (bool going_on, float[T, H] sum_out) {{
             going_on = Identity (going)
             hit = Equal (topk_ids, e)
             hit_float = Cast <to = 1> (hit)

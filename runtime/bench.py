@@ -1,0 +1,201 @@
+"""What drafting is worth here: tokens per second against K, acceptance, and transformers on the same weights.
+
+    python -m runtime.bench --engines build/demo/cpu --model demo/checkpoint
+
+Every repeat runs every K on every prompt, so that a noisy machine touches all of them; figures are medians over the
+repeats. Decoding only: prefill is timed apart. The last line of stdout is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from engines.build import build
+from engines.manifest import WEIGHTS
+from engines.onnxruntime import OnnxRuntimeEngine
+from export.cli import run, say
+from export.dequantize import dequantize
+from export.errors import UserError
+from runtime.decode import DEMO, summary
+from runtime.rounds import generate
+from runtime.sampling import Sampler, SamplingConfig
+from runtime.tokenizer import Tokenizer
+
+PROMPTS = Path("demo/prompts.json")
+GREEDY = SamplingConfig()
+
+
+def load_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    values = json.loads(path.read_text())
+    texts = values["completions"] if isinstance(values, dict) else values
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path}: expected a JSON list of texts")
+    return [tokenizer.encode(text) for text in texts]
+
+
+class Bench:
+    def __init__(self, engine: OnnxRuntimeEngine, prompts: list[list[int]], count: int) -> None:
+        self.engine, self.prompts, self.count = engine, prompts, count
+        self.stop_ids = engine.manifest.config.eos_token_id
+
+    def decode(self, mtp_k: int, sampling: SamplingConfig, drafting: SamplingConfig | None = None) -> dict[str, Any]:
+        """All prompts once: tokens/s, tokens per round, share of drafts accepted per position, the tokens."""
+        sampler = Sampler(sampling)
+        drafter = Sampler(drafting) if drafting else None
+        results = []
+        for prompt in self.prompts:
+            rounds = list(generate(self.engine, prompt, self.count, mtp_k, sampler, self.stop_ids, drafter=drafter))
+            offered = [sum(len(r.drafts) > i for r in rounds) for i in range(mtp_k)]
+            results.append((summary(rounds, None), offered))
+        emitted = sum(len(r["token_ids"]) - 1 for r, _ in results)
+        accepted = [sum(sum(r["accepted_per_position"][i : i + 1]) for r, _ in results) for i in range(mtp_k)]
+        offers = [sum(offered[i] for _, offered in results) for i in range(mtp_k)]
+        return {
+            "tokens_per_second": emitted / sum(r["decode_seconds"] for r, _ in results),
+            "tokens_per_round": emitted / sum(r["rounds"] for r, _ in results),
+            "acceptance": [a / max(of, 1) for a, of in zip(accepted, offers, strict=True)],
+            "prefill_tokens_per_second": sum(map(len, self.prompts)) / sum(r["prefill_seconds"] for r, _ in results),
+            "token_ids": [r["token_ids"] for r, _ in results],
+        }
+
+
+class Transformers:
+    """`transformers.generate`, greedy, on the same weights in float32."""
+
+    def __init__(self, model_directory: Path, engine: OnnxRuntimeEngine, threads: int) -> None:
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(threads)
+        self.torch = torch
+        config = transformers.AutoConfig.from_pretrained(model_directory).get_text_config()
+        self.model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        state = dequantize(engine.directory / WEIGHTS, engine.manifest.formats)
+        main = {name: tensor for name, tensor in state.items() if not name.startswith("mtp.")}
+        missing, unexpected = self.model.load_state_dict(main, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+        self.model.tie_weights()
+
+    def decode(self, prompts: list[list[int]], count: int, stop_ids: tuple[int, ...]) -> tuple[float, list[list[int]]]:
+        """tokens per second without the prefill, and the tokens."""
+        emitted, seconds, tokens = 0, 0.0, []
+        for prompt in prompts:
+            ids = self.torch.tensor([prompt])
+            options = {"do_sample": False, "eos_token_id": list(stop_ids) or None, "pad_token_id": 0}
+            start = time.perf_counter()
+            self.model.generate(ids, max_new_tokens=1, **options)
+            middle = time.perf_counter()
+            out = self.model.generate(ids, max_new_tokens=count, **options)[0, len(prompt) :].tolist()
+            seconds += time.perf_counter() - middle - (middle - start)
+            emitted += len(out) - 1
+            tokens.append(out)
+        return emitted / seconds, tokens
+
+
+def measure(bench: Bench, other: Transformers | None, repeats: int) -> dict[str, Any]:
+    ks = range(5) if bench.engine.manifest.has_mtp else range(1)
+    runs: dict[int, list[dict[str, Any]]] = {k: [] for k in ks}
+    others: list[float] = []
+    other_tokens: list[list[int]] = []
+    some = slice(0, 4)  # transformers is slow: four prompts of each repeat
+    bench.decode(max(ks), GREEDY)  # warm up
+    for repeat in range(repeats):
+        for k in ks:
+            runs[k].append(bench.decode(k, GREEDY))
+        if other:
+            speed, other_tokens = other.decode(bench.prompts[some], bench.count, bench.stop_ids)
+            others.append(speed)
+        say(f"repeat {repeat + 1} of {repeats}")
+    plain = runs[0][0]["token_ids"]
+    assert all(r["token_ids"] == plain for k in ks for r in runs[k]), "drafts changed the text"
+    result: dict[str, Any] = {"greedy": {}}
+    for k in ks:
+        speed = statistics.median(r["tokens_per_second"] for r in runs[k])
+        ratio = statistics.median(
+            r["tokens_per_second"] / z["tokens_per_second"] for r, z in zip(runs[k], runs[0], strict=True)
+        )
+        result["greedy"][k] = {
+            "tokens_per_second": speed,
+            "times_plain": ratio,
+            "tokens_per_round": runs[k][0]["tokens_per_round"],
+            "acceptance": runs[k][0]["acceptance"],
+        }
+    result["prefill_tokens_per_second"] = statistics.median(r["prefill_tokens_per_second"] for r in runs[0])
+    if 2 in ks:
+        sampled = SamplingConfig(temperature=1.0, seed=1)
+        result["sampled_acceptance"] = {
+            "shared_noise": bench.decode(2, sampled)["acceptance"],
+            "greedy_drafts": bench.decode(2, sampled, drafting=GREEDY)["acceptance"],
+        }
+    if other:
+        result["transformers_tokens_per_second"] = statistics.median(others)
+        result["same_text_as_transformers"] = sum(a == b for a, b in zip(plain[some], other_tokens, strict=True))
+        for k in ks:
+            pairs = zip(runs[k], others, strict=True)
+            result["greedy"][k]["times_transformers"] = statistics.median(r["tokens_per_second"] / o for r, o in pairs)
+    return result
+
+
+def table(result: dict[str, Any]) -> None:
+    print(f"{'K':>3} {'tokens/s':>9} {'x plain':>8} {'x transformers':>15} {'tokens/round':>13}  accepted by position")
+    for k, row in result["greedy"].items():
+        times = f"{row['times_transformers']:.2f}" if "times_transformers" in row else "-"
+        rates = " ".join(f"{rate:.0%}" for rate in row["acceptance"]) or "-"
+        print(
+            f"{k:>3} {row['tokens_per_second']:>9.0f} {row['times_plain']:>8.2f} {times:>15} "
+            f"{row['tokens_per_round']:>13.2f}  {rates}"
+        )
+    if "transformers_tokens_per_second" in result:
+        print(f"transformers.generate: {result['transformers_tokens_per_second']:.0f} tokens/s")
+    for name, rates in result.get("sampled_acceptance", {}).items():
+        label = name.replace("_", " ")
+        print(f"temperature 1, {label}: {' '.join(f'{rate:.0%}' for rate in rates)} accepted by position")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m runtime.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("--engines", type=Path, default=DEMO, metavar="DIR")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="its checkpoint: also times transformers and the build"
+    )
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="JSON list of texts")
+    parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="of both sides")
+    options = parser.parse_args()
+    engine = OnnxRuntimeEngine(options.engines, threads=options.threads)
+    prompts = load_prompts(options.prompts, Tokenizer(options.engines))
+    other = Transformers(options.model, engine, options.threads) if options.model else None
+    result = measure(Bench(engine, prompts, options.max_new_tokens), other, options.repeats)
+    if options.model:
+        with tempfile.TemporaryDirectory() as directory:
+            start = time.perf_counter()
+            build(options.model, Path(directory) / "engines", engine.manifest.target)
+            result["build_seconds"] = time.perf_counter() - start
+    versions = {name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")}
+    result |= {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "repeats": options.repeats}
+    result |= {"hardware": f"{processor()}, {options.threads} threads", "versions": versions}
+    table(result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(main)
