@@ -21,10 +21,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from engines.manifest import NAME, VERSION, WEIGHTS, Manifest, describe
+from export.bindings import GRAPHS
 from export.checkpoint import Checkpoint
 from export.cli import progress, run, say
 from export.errors import UserError
-from export.model import GRAPHS
 from export.trace import trace
 
 TARGETS = ("cpu",)

@@ -16,10 +16,8 @@ import onnxruntime
 
 from engines import Floats, Tokens
 from engines.manifest import Manifest
+from export.bindings import input_specs, output_specs, sized
 from export.errors import UserError
-from export.model import input_specs, output_specs, sized
-
-TYPES = {"torch.int64": np.int64, "torch.float32": np.float32}
 
 
 class OnnxRuntimeEngine:
@@ -112,7 +110,7 @@ class OnnxRuntimeEngine:
         transient = {name: spec for name, spec in {**inputs, **outputs}.items() if "layers." not in name}
         buffers = self.rows.setdefault(
             (graph, rows),
-            {name: np.zeros(sized(shape, sizes), TYPES[str(dtype)]) for name, (dtype, shape) in transient.items()},
+            {name: np.zeros(sized(shape, sizes), dtype) for name, (dtype, shape) in transient.items()},
         )
         binding = self._session(graph).io_binding()
         for names, bind, states in (

@@ -12,8 +12,9 @@ import torch
 
 from engines import Floats, Tokens
 from engines.manifest import WEIGHTS, Manifest
+from export.bindings import GRAPHS, input_specs, output_specs, sized
 from export.checkpoint import TensorSpec, load_weights, read_header
-from export.model import GRAPHS, Graph, input_specs, output_specs, sized
+from export.model import Graph
 
 
 class TorchEngine:

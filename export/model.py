@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.bindings import CACHE_BLOCK, GRAPHS, input_specs
 from export.config import ModelConfig
-from plugins.gated_attention import GATED_ATTENTION, KV_APPEND
-from plugins.gated_delta_net import GATED_DELTA_NET_PREFILL, GATED_DELTA_NET_VERIFY, STATES, WINDOW
+from plugins.gated_attention import BLOCK, GATED_ATTENTION, KV_APPEND
+from plugins.gated_delta_net import GATED_DELTA_NET_PREFILL, GATED_DELTA_NET_VERIFY
 from plugins.linear import FLOAT_LINEAR, FP8_LINEAR, NVFP4_LINEAR
 from plugins.moe_experts import FLOAT_MOE_EXPERTS, NVFP4_MOE_EXPERTS
 from plugins.moe_routing import MOE_ROUTING
 from plugins.rms_norm import RMS_NORM
 
-GRAPHS = ("main.prefill", "main.verify", "mtp.prefill", "mtp.draft")
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -33,6 +33,7 @@ DTYPES = {
     "U8": torch.uint8,
 }
 State = dict[str, Tensor]
+assert CACHE_BLOCK == BLOCK
 
 
 class Weights:
@@ -259,7 +260,7 @@ class MtpHead(nn.Module):
 
 
 class Graph(nn.Module):
-    """The module of one of GRAPHS. Inputs and outputs: `input_specs` and `output_specs`, in that order."""
+    """The module of one of GRAPHS. Inputs and outputs: those of export.bindings, in that order."""
 
     def __init__(
         self,
@@ -321,68 +322,3 @@ class Graph(nn.Module):
             tensor = tensor if tensor.dtype == parameter.dtype else tensor.view(parameter.dtype)
             setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         return self
-
-
-Spec = tuple[torch.dtype, tuple[int | str, ...]]
-
-
-def sized(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> list[int]:
-    """A shape with its letters replaced by numbers."""
-    return [dim if isinstance(dim, int) else sizes[dim] for dim in shape]
-
-
-def _state_specs(config: ModelConfig, mtp: bool) -> dict[str, Spec]:
-    """Every state tensor: its dtype and shape. S: cache capacity, W: rows of the pending window."""
-    kv: Spec = (torch.float32, (2, config.num_key_value_heads, "S", config.head_dim))
-    if mtp:
-        return {"mtp.layers.0.kv_cache": kv}
-    v_heads, k_dim = config.linear_num_value_heads, config.linear_key_head_dim
-    shapes: dict[str, tuple[int | str, ...]] = {
-        "recurrent_state": (v_heads, k_dim, config.linear_value_head_dim),
-        "conv_state": (config.linear_conv_kernel_dim - 1, config.conv_dim),
-        "pending_conv": ("W", config.conv_dim),
-        "pending_k": ("W", config.key_dim),
-        "pending_v": ("W", config.value_dim),
-        "pending_g": ("W", v_heads),
-        "pending_beta": ("W", v_heads),
-    }
-    specs: dict[str, Spec] = {}
-    for i, kind in enumerate(config.layer_types):
-        if kind == "full_attention":
-            specs[f"layers.{i}.kv_cache"] = kv
-        else:
-            specs |= {f"layers.{i}.{name}": (torch.float32, shapes[name]) for name in (*STATES, *WINDOW)}
-    return specs
-
-
-def input_specs(graph: str, config: ModelConfig) -> dict[str, Spec]:
-    """Name -> dtype and shape of the graph's inputs, in order; a letter is a dynamic dimension."""
-    rows: dict[str, Spec] = {"token_ids": (torch.int64, ("T",))}
-    if graph.startswith("mtp"):
-        rows["hidden"] = (torch.float32, ("T", config.hidden_size))
-    rows["position"] = (torch.int64, (1,))
-    if graph != "mtp.prefill":
-        rows["accepted"] = (torch.int64, (1,))
-    return rows | _state_specs(config, mtp=graph.startswith("mtp"))
-
-
-def output_specs(graph: str, config: ModelConfig) -> dict[str, Spec]:
-    """Name -> dtype and shape of the graph's outputs, in order. A state's next value is called `next.<name>`."""
-    states = _state_specs(config, mtp=graph.startswith("mtp"))
-    if graph == "main.prefill":
-        states = {name: spec for name, spec in states.items() if ".pending_" not in name}
-    following: dict[str, Spec] = {}
-    for name, (dtype, shape) in states.items():
-        following[f"next.{name}"] = (dtype, tuple("T" if dim == "W" else dim for dim in shape))
-    if graph == "mtp.prefill":
-        return following
-    rows: dict[str, tuple[int | str, int | str]] = {
-        "main.prefill": ("T", 1),
-        "main.verify": ("T", "T"),
-        "mtp.draft": (1, 1),
-    }
-    hidden_rows, logits_rows = rows[graph]
-    return {
-        "next.hidden" if graph == "mtp.draft" else "hidden": (torch.float32, (hidden_rows, config.hidden_size)),
-        "logits": (torch.float32, (logits_rows, config.vocab_size)),
-    } | following

@@ -20,9 +20,10 @@ import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from export.bindings import Spec, input_specs, output_specs, sized
 from export.checkpoint import read_header
 from export.config import ModelConfig
-from export.model import Graph, Spec, input_specs, output_specs, sized
+from export.model import Graph
 from plugins import DOMAIN, OPS
 from plugins.op import IMPORTS
 
@@ -48,7 +49,7 @@ def trace(
     inputs = input_specs(name, config)
     with FakeTensorMode():  # no memory behind the weights, nor behind the samples
         graph = Graph(name, config, tensors, formats, device="cpu")
-        samples = [torch.empty(sized(shape, SAMPLE), dtype=dtype) for dtype, shape in inputs.values()]
+        samples = [torch.empty(sized(shape, SAMPLE), dtype=getattr(torch, dtype)) for dtype, shape in inputs.values()]
     dims = {letter: torch.export.Dim(letter, min=1, max=2**31 - 1) for letter in SAMPLE}
     shapes = [{i: dims[d] for i, d in enumerate(shape) if isinstance(d, str)} for _, shape in inputs.values()]
     with _quiet():

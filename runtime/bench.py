@@ -19,11 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines.build import build
 from engines.manifest import WEIGHTS
 from engines.onnxruntime import OnnxRuntimeEngine
 from export.cli import run, say
-from export.dequantize import dequantize
 from export.errors import UserError
 from runtime.decode import DEMO, summary
 from runtime.rounds import generate
@@ -74,6 +72,8 @@ class Transformers:
     def __init__(self, model_directory: Path, engine: OnnxRuntimeEngine, threads: int) -> None:
         import torch
         import transformers
+
+        from export.dequantize import dequantize
 
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(threads)
@@ -186,6 +186,8 @@ def main() -> None:
     other = Transformers(options.model, engine, options.threads) if options.model else None
     result = measure(Bench(engine, prompts, options.max_new_tokens), other, options.repeats)
     if options.model:
+        from engines.build import build
+
         with tempfile.TemporaryDirectory() as directory:
             start = time.perf_counter()
             build(options.model, Path(directory) / "engines", engine.manifest.target)

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engines import Engine
+from export.bindings import CACHE_BLOCK
 from export.errors import UserError
-from plugins.gated_attention import BLOCK
 from runtime.sampling import Sampler
 
 PREFILL_CHUNK = 256  # rows of one main.prefill call
@@ -48,7 +48,7 @@ class Decoder:
     ) -> None:
         """drafter: how drafts are drawn, by default with the sampler's own noise; the text does not depend on it."""
         self.engine, self.mtp_k, self.sampler, self.drafter = engine, mtp_k, sampler, drafter or sampler
-        engine.start(-(-capacity // BLOCK) * BLOCK, window=mtp_k + 1)
+        engine.start(-(-capacity // CACHE_BLOCK) * CACHE_BLOCK, window=mtp_k + 1)
 
     def prefill(self, prompt: Sequence[int], update: Callable[[float, float], None] | None = None) -> int:
         """Run the prompt through the model in chunks and sample the first token."""

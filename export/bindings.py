@@ -1,0 +1,80 @@
+"""The bindings of the graphs: names, dtypes and shapes, the same in ONNX, in every engine and in the manifest.
+
+No torch here, so that decoding need not load it. A letter is a dynamic dimension: T rows of the call, S cache
+capacity, W rows of the pending window, which are the rows of the verify before.
+
+    python -c "from export.bindings import *; print(input_specs('main.verify', config))"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from export.config import ModelConfig
+
+GRAPHS = ("main.prefill", "main.verify", "mtp.prefill", "mtp.draft")
+CACHE_BLOCK = 64  # S is a multiple of this: see plugins/gated_attention
+
+Spec = tuple[str, tuple[int | str, ...]]
+
+
+def sized(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> list[int]:
+    """A shape with its letters replaced by numbers."""
+    return [dim if isinstance(dim, int) else sizes[dim] for dim in shape]
+
+
+def _state_specs(config: ModelConfig, mtp: bool) -> dict[str, Spec]:
+    """Every state tensor: its dtype and shape."""
+    kv: Spec = ("float32", (2, config.num_key_value_heads, "S", config.head_dim))
+    if mtp:
+        return {"mtp.layers.0.kv_cache": kv}
+    v_heads, k_dim = config.linear_num_value_heads, config.linear_key_head_dim
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "recurrent_state": (v_heads, k_dim, config.linear_value_head_dim),
+        "conv_state": (config.linear_conv_kernel_dim - 1, config.conv_dim),
+        "pending_conv": ("W", config.conv_dim),
+        "pending_k": ("W", config.key_dim),
+        "pending_v": ("W", config.value_dim),
+        "pending_g": ("W", v_heads),
+        "pending_beta": ("W", v_heads),
+    }
+    specs: dict[str, Spec] = {}
+    for i, kind in enumerate(config.layer_types):
+        if kind == "full_attention":
+            specs[f"layers.{i}.kv_cache"] = kv
+        else:
+            specs |= {f"layers.{i}.{name}": ("float32", shapes[name]) for name in shapes}
+    return specs
+
+
+def input_specs(graph: str, config: ModelConfig) -> dict[str, Spec]:
+    """Name -> dtype and shape of the graph's inputs, in order; a letter is a dynamic dimension."""
+    rows: dict[str, Spec] = {"token_ids": ("int64", ("T",))}
+    if graph.startswith("mtp"):
+        rows["hidden"] = ("float32", ("T", config.hidden_size))
+    rows["position"] = ("int64", (1,))
+    if graph != "mtp.prefill":
+        rows["accepted"] = ("int64", (1,))
+    return rows | _state_specs(config, mtp=graph.startswith("mtp"))
+
+
+def output_specs(graph: str, config: ModelConfig) -> dict[str, Spec]:
+    """Name -> dtype and shape of the graph's outputs, in order. A state's next value is called `next.<name>`."""
+    states = _state_specs(config, mtp=graph.startswith("mtp"))
+    if graph == "main.prefill":
+        states = {name: spec for name, spec in states.items() if ".pending_" not in name}
+    following: dict[str, Spec] = {}
+    for name, (dtype, shape) in states.items():
+        following[f"next.{name}"] = (dtype, tuple("T" if dim == "W" else dim for dim in shape))
+    if graph == "mtp.prefill":
+        return following
+    rows: dict[str, tuple[int | str, int | str]] = {
+        "main.prefill": ("T", 1),
+        "main.verify": ("T", "T"),
+        "mtp.draft": (1, 1),
+    }
+    hidden_rows, logits_rows = rows[graph]
+    return {
+        "next.hidden" if graph == "mtp.draft" else "hidden": ("float32", (hidden_rows, config.hidden_size)),
+        "logits": ("float32", (logits_rows, config.vocab_size)),
+    } | following
