@@ -10,7 +10,6 @@ TARGET ?= cpu
 MODEL  ?= demo/checkpoint
 OUT    ?= build/$(if $(filter demo/checkpoint,$(MODEL)),demo,$(notdir $(abspath $(MODEL))))/$(TARGET)
 DEMO   := build/demo/cpu
-PROMPT ?= def fibonacci(n):
 
 export PYTHONPATH := .
 
@@ -30,7 +29,8 @@ $(DEMO)/manifest.json: .venv/ready $(wildcard demo/checkpoint/*) $(wildcard expo
 	$(BIN)/python -m engines.build --model demo/checkpoint --target cpu --out $(DEMO)
 
 demo: $(DEMO)/manifest.json
-	$(BIN)/python -m runtime.decode --engines $(DEMO) --prompt "$(PROMPT)" --max-new-tokens 160 --mtp-k 2
+	$(BIN)/python -m runtime.decode --engines $(DEMO) --prompt-file demo/prompt.txt --max-new-tokens 150 \
+		--mtp-k 2 --temperature 0.6 --top-p 0.95 --seed 4
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 tests

@@ -13,6 +13,7 @@ probability at least (1 - TV) / (1 + TV) (Daliri, Musco, Suresh 2024, arXiv:2408
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -65,10 +66,20 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
 
 def gumbel(seed: int, position: int, entries: NDArray[np.int64]) -> Floats:
     """Gumbel noise, float32, of these vocabulary entries at this position."""
-    blocks, inverse = np.unique(entries // 4, return_inverse=True)
-    counter = np.zeros((4, len(blocks)), np.uint64)
-    counter[0], counter[1] = blocks, position
-    bits = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))[entries % 4, inverse]
+    counter = np.zeros((4, len(entries)), np.uint64)
+    counter[0], counter[1] = entries // 4, position
+    return _to_gumbel(philox(counter, (seed & 0xFFFFFFFF, seed >> 32))[entries % 4, np.arange(len(entries))])
+
+
+@functools.lru_cache(maxsize=32)
+def all_gumbel(seed: int, position: int, vocab_size: int) -> Floats:
+    """The same for the whole vocabulary; kept, since a draft and its verification ask for the same."""
+    counter = np.zeros((4, -(-vocab_size // 4)), np.uint64)
+    counter[0], counter[1] = np.arange(counter.shape[1]), position
+    return _to_gumbel(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)).T.ravel()[:vocab_size])
+
+
+def _to_gumbel(bits: NDArray[np.uint64]) -> Floats:
     # 23 bits, centred in their cell: exact in float32 and never 0 or 1, on any device.
     uniform = ((bits >> np.uint64(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-23)
     return -np.log(-np.log(uniform))
@@ -86,7 +97,11 @@ class Sampler:
             return int(logits.argmax())
         scaled = logits / np.float32(self.config.temperature)
         entries = self._survivors(scaled)
-        return int(entries[(scaled[entries] + gumbel(self.config.seed, position, entries)).argmax()])
+        if 4 * len(entries) < len(scaled):
+            noise = gumbel(self.config.seed, position, entries)
+        else:
+            noise = all_gumbel(self.config.seed, position, len(scaled))[entries]
+        return int(entries[(scaled[entries] + noise).argmax()])
 
     def _survivors(self, scaled: Floats) -> NDArray[np.int64]:
         """The vocabulary entries that the filters leave, in rising order."""

@@ -1,9 +1,9 @@
 """A checkpoint of the real size and layout of nvidia/Qwen3.6-35B-A3B-NVFP4, all zeros, sparse on disk.
 
 For measuring what an export costs: 93,000 tensors, 22 GB of apparent size, no disk space. Sizes and layout are those
-of the published config (shared facts: 40 layers, 256 experts, FP8 attention and GDN, NVFP4 experts and lm_head).
+of the published config (40 layers, 256 experts, FP8 attention and GDN, NVFP4 experts and lm_head).
 
-    python -m tests.full_size build/full-size/checkpoint && /usr/bin/time -v make engines MODEL=build/full-size/checkpoint
+    python -m tests.full_size build/full-size && make engines MODEL=build/full-size
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 SIZES = {"BF16": 2, "F32": 4, "U8": 1, "F8_E4M3": 1}
 Tensor = tuple[str, str, tuple[int, ...]]
 
-TEXT = {
+TEXT: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text",
     "vocab_size": 248320,
     "hidden_size": 2048,
@@ -42,7 +43,7 @@ TEXT = {
     "hidden_act": "silu",
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
 }
-H, E, I = TEXT["hidden_size"], TEXT["num_experts"], TEXT["moe_intermediate_size"]
+H, E, INNER = TEXT["hidden_size"], TEXT["num_experts"], TEXT["moe_intermediate_size"]
 
 
 class Layout:
@@ -86,9 +87,9 @@ class Layout:
                 yield f"{name}.linear_attn.{part}", "BF16", (n,)
         yield f"{name}.mlp.gate.weight", "BF16", (E, H)
         yield f"{name}.mlp.shared_expert_gate.weight", "BF16", (1, H)
-        yield from self.swiglu(f"{name}.mlp.shared_expert", I)
+        yield from self.swiglu(f"{name}.mlp.shared_expert", INNER)
         for expert in range(E):
-            yield from self.swiglu(f"{name}.mlp.experts.{expert}", I)
+            yield from self.swiglu(f"{name}.mlp.experts.{expert}", INNER)
 
 
 def head() -> Iterator[Tensor]:
@@ -104,9 +105,9 @@ def head() -> Iterator[Tensor]:
     for part in "qk":
         yield f"{layer}.self_attn.{part}_norm.weight", "BF16", (256,)
     yield f"{layer}.mlp.gate.weight", "BF16", (E, H)
-    yield f"{layer}.mlp.experts.gate_up_proj", "BF16", (E, 2 * I, H)
-    yield f"{layer}.mlp.experts.down_proj", "BF16", (E, H, I)
-    for part, n, k in (("gate", I, H), ("up", I, H), ("down", H, I)):
+    yield f"{layer}.mlp.experts.gate_up_proj", "BF16", (E, 2 * INNER, H)
+    yield f"{layer}.mlp.experts.down_proj", "BF16", (E, H, INNER)
+    for part, n, k in (("gate", INNER, H), ("up", INNER, H), ("down", H, INNER)):
         yield f"{layer}.mlp.shared_expert.{part}_proj.weight", "BF16", (n, k)
     yield f"{layer}.mlp.shared_expert_gate.weight", "BF16", (1, H)
 

@@ -10,7 +10,7 @@ from scipy.stats import chisquare, kstest
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from export.errors import UserError
-from runtime.sampling import Sampler, SamplingConfig, gumbel, philox
+from runtime.sampling import Sampler, SamplingConfig, all_gumbel, gumbel, philox
 
 # Known answers of Philox4x32-10 published with Random123 (kat_vectors): counter, key, result.
 NO_IDS = torch.LongTensor()
@@ -37,6 +37,7 @@ def test_noise_is_gumbel_and_depends_on_nothing_but_seed_and_position() -> None:
     assert kstest(noise, "gumbel_r").pvalue > 1e-3  # fixed seed: cannot flake
     some = np.array([19_999, 5, 0, 6])
     np.testing.assert_array_equal(gumbel(7, 3, some), noise[some])
+    np.testing.assert_array_equal(all_gumbel(7, 3, 19_999), noise[:19_999])
     for other in (gumbel(8, 3, entries), gumbel(7, 4, entries), gumbel(7 + 2**32, 3, entries)):
         assert abs(np.corrcoef(noise, other)[0, 1]) < 0.05
 
