@@ -29,7 +29,8 @@ $(DEMO)/manifest.json: .venv/ready $(wildcard demo/checkpoint/*) $(wildcard expo
 	$(BIN)/python -m engines.build --model demo/checkpoint --target cpu --out $(DEMO)
 
 demo: $(DEMO)/manifest.json
-	$(BIN)/python -m runtime.decode --engines $(DEMO) --prompt-file demo/prompt.txt --max-new-tokens 150 \
+	@cat demo/prompt.txt
+	@$(BIN)/python -m runtime.decode --engines $(DEMO) --prompt-file demo/prompt.txt --max-new-tokens 150 \
 		--mtp-k 2 --temperature 0.6 --top-p 0.95 --seed 4
 
 test: setup

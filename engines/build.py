@@ -69,6 +69,7 @@ def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, e
             weights = directory / WEIGHTS
             model = trace(name, checkpoint.config, checkpoint.tensors, checkpoint.formats, weights, expanded)
             ir.save(model, directory / f"{name}.onnx")
+        update(len(graphs), len(graphs))
     for file in TEXT_FILES:
         if (checkpoint.directory / file).is_file():
             shutil.copyfile(checkpoint.directory / file, directory / file)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,71 @@ def test_unknown_target_and_model(tmp_path: Path) -> None:
         run("engines.build", "--model", tmp_path / "model", "--out", tmp_path / "o", "--capacity", 9999), "--capacity"
     )
     assert not (tmp_path / "out").exists() and not (tmp_path / "o").exists()
+
+
+def spoil_index(root: Path) -> str:
+    (root / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}')
+    return "../elsewhere.safetensors"
+
+
+def spoil_shard(root: Path) -> str:
+    shard = root / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return "model.safetensors"
+
+
+def spoil_header(root: Path) -> str:
+    shard = root / "model.safetensors"
+    shard.write_bytes(shard.read_bytes().replace(b'"dtype"', b'"dtyp_"', 1))
+    return "model.safetensors"
+
+
+def spoil_architecture(root: Path) -> str:
+    return edit(root, "model_type", "llama")
+
+
+def spoil_size(root: Path) -> str:
+    return edit(root, "hidden_size", 64)
+
+
+def spoil_quantization(root: Path) -> str:
+    config = json.loads((root / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (root / "config.json").write_text(json.dumps(config))
+    return "awq"
+
+
+def spoil_json(root: Path) -> str:
+    (root / "config.json").write_text("{")
+    return "config.json"
+
+
+def edit(root: Path, field: str, value: object) -> str:
+    config = json.loads((root / "config.json").read_text())
+    config["text_config"][field] = value
+    (root / "config.json").write_text(json.dumps(config))
+    return str(value)
+
+
+SPOILERS = (
+    spoil_index,
+    spoil_shard,
+    spoil_header,
+    spoil_architecture,
+    spoil_size,
+    spoil_quantization,
+    spoil_json,
+)
+
+
+@pytest.mark.parametrize("spoil", SPOILERS, ids=lambda spoil: spoil.__name__)
+def test_spoiled_checkpoint_is_one_line(spoil: Callable[[Path], str], build_engine: Build, tmp_path: Path) -> None:
+    """Every defect of a checkpoint is a case of tests/test_checkpoint.py; these go through the command."""
+    root = tmp_path / "checkpoint"
+    shutil.copytree(build_engine(vocab_size=24).checkpoint, root)
+    mention = spoil(root)
+    refused(run("engines.build", "--model", root, "--out", tmp_path / "out"), mention)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 
 def limited(result: Path, size: int) -> list[str]:
