@@ -26,7 +26,7 @@ from demo.model import Weights
 from demo.reference import transformers_model
 
 HERE = Path(__file__).parent
-BLOCK = 16
+GROUP = 16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 E4M3_MIN = 2.0**-9
@@ -60,7 +60,7 @@ def e2m1_index(x: Tensor) -> Tensor:
 
 def nvfp4_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Block scales [..., N, K / 16] (values of E4M3, in float32) and one scale [..., 1, 1] a matrix."""
-    blocks = weight.float().unflatten(-1, (-1, BLOCK)).abs().amax(-1)
+    blocks = weight.float().unflatten(-1, (-1, GROUP)).abs().amax(-1)
     amax = blocks.amax((-2, -1), keepdim=True)
     scale_2 = torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), 1.0)
     scale = blocks / (E2M1_MAX * scale_2)
@@ -71,7 +71,7 @@ def nvfp4_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
 def nvfp4_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """weight [..., N, K] -> packed codes [..., N, K / 2], scale E4M3 [..., N, K / 16], scale_2 [...]."""
     scale, scale_2 = nvfp4_scales(weight)
-    scaled = weight.float().unflatten(-1, (-1, BLOCK)) / (scale * scale_2)[..., None]
+    scaled = weight.float().unflatten(-1, (-1, GROUP)) / (scale * scale_2)[..., None]
     codes = (e2m1_index(scaled) | (scaled < 0).to(torch.uint8) << 3).flatten(-2)
     packed = codes[..., 0::2] | codes[..., 1::2] << 4  # the low nibble is the even K index
     return packed, scale.to(torch.float8_e4m3fn), scale_2[..., 0, 0]
@@ -81,14 +81,14 @@ def nvfp4_dequantize(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)
     factor = scale.float() * scale_2[..., None, None]
-    return (table[codes.int()].unflatten(-1, (-1, BLOCK)) * factor[..., None]).flatten(-2)
+    return (table[codes.int()].unflatten(-1, (-1, GROUP)) * factor[..., None]).flatten(-2)
 
 
 def nvfp4_fake(weight: Tensor) -> Tensor:
     """nvfp4_dequantize(nvfp4_quantize(weight)), without packing."""
     scale, scale_2 = nvfp4_scales(weight)
     factor = (scale * scale_2)[..., None]
-    scaled = weight.float().unflatten(-1, (-1, BLOCK)) / factor
+    scaled = weight.float().unflatten(-1, (-1, GROUP)) / factor
     table = torch.tensor(E2M1, device=weight.device)
     return (table[e2m1_index(scaled).int()] * scaled.sign() * factor).flatten(-2)
 
@@ -186,7 +186,7 @@ def quantization_config(names: list[str]) -> dict[str, Any]:
     layers = {}
     for name in names:
         algo = quant_algo(name)
-        entry = {"quant_algo": algo, "group_size": BLOCK} if algo == "W4A16_NVFP4" else {"quant_algo": algo}
+        entry = {"quant_algo": algo, "group_size": GROUP} if algo == "W4A16_NVFP4" else {"quant_algo": algo}
         if algo is not None:
             layers[written_name(name).removesuffix(".weight")] = entry
     return {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": layers}

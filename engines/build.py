@@ -50,7 +50,8 @@ def build(
         raise UserError(f"--capacity {capacity}: expected 1 to {limit} (the model's max_position_embeddings)")
     with _replaced(out) as directory:
         manifest = _fill(checkpoint, directory, target, capacity or limit, expanded)
-        manifest.write(directory)
+        with _writing(directory / NAME):
+            manifest.write(directory)
     say(f"engines for {target}: {out}")
     return manifest
 
@@ -68,11 +69,13 @@ def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, e
             update(i, len(graphs))
             weights = directory / WEIGHTS
             model = trace(name, checkpoint.config, checkpoint.tensors, checkpoint.formats, weights, expanded)
-            ir.save(model, directory / f"{name}.onnx")
+            with _writing(directory / f"{name}.onnx") as path:
+                ir.save(model, path)
         update(len(graphs), len(graphs))
     for file in TEXT_FILES:
         if (checkpoint.directory / file).is_file():
-            shutil.copyfile(checkpoint.directory / file, directory / file)
+            with _writing(directory / file) as path:
+                shutil.copyfile(checkpoint.directory / file, path)
     sources, done = list(checkpoint.files()), 0
     total = sum(path.stat().st_size for path in [*sources, *directory.iterdir()])
     with progress("hashing") as update:
@@ -99,12 +102,19 @@ def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, e
 
 
 @contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except OSError as error:
+        mend = "free some space or choose another directory"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {mend}") from None
+
+
+@contextlib.contextmanager
 def _replaced(out: Path) -> Iterator[Path]:
     """Yields a new directory that takes the place of `out` if the block succeeds and vanishes if it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{out.name}.new-*"):
-        if not Path(f"/proc/{stale.name.rpartition('-')[2]}").exists():  # its build was killed
-            shutil.rmtree(stale, ignore_errors=True)
+    _recover(out)
     fresh = out.parent / f".{out.name}.new-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     fresh.mkdir()
@@ -113,16 +123,35 @@ def _replaced(out: Path) -> Iterator[Path]:
         yield fresh
         if out.exists():
             out.rename(old)
-        try:
-            fresh.rename(out)
-        except OSError:
-            old.rename(out)
-            raise
+        fresh.rename(out)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if old.exists() and not out.exists():
+            old.rename(out)
         shutil.rmtree(fresh, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _recover(out: Path) -> None:
+    """What builds that were killed left behind: half-written engines go, engines that were set aside come back."""
+    for kind in ("old", "new"):
+        for left in out.parent.glob(f".{out.name}.{kind}-*"):
+            if _is_alive(int(left.name.rpartition("-")[2])):
+                continue
+            if kind == "old" and not out.exists():
+                left.rename(out)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -134,10 +163,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint directory")
     parser.add_argument("--target", default="cpu", help=f"one of {', '.join(TARGETS)} (default cpu)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="engine directory (default build/<model>/<target>)")
-    parser.add_argument("--capacity", type=int, metavar="N", help="positions a run may use (default: the model's)")
+    parser.add_argument("--capacity", type=int, metavar="N", help="positions of a run (default: the model's maximum)")
     options = parser.parse_args()
-    out = options.out or Path("build") / options.model.resolve().name / options.target
-    build(options.model, out, options.target, options.capacity)
+    model = options.model.expanduser()
+    out = options.out or Path("build") / model.resolve().name / options.target
+    build(model, out, options.target, options.capacity)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 with its size and SHA-256. `Manifest.read` refuses a directory that another version wrote or that was changed since.
 Files above 256 MiB are hashed again only when their size or time of change differs from the build's.
 
-    python -c "from engines.manifest import Manifest; print(Manifest.read('build/demo/cpu').target)"
+The manifest holds a hash of itself too.
+
+    python -c "from pathlib import Path; from engines.manifest import *; print(Manifest.read(Path('build/demo/cpu')))"
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         values = {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "config": self.config.to_dict()}
-        (directory / NAME).write_text(json.dumps(values, indent=1) + "\n")
+        (directory / NAME).write_text(json.dumps({**values, "sha256": _digest(values)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -83,14 +85,16 @@ class Manifest:
             raise UserError(
                 f"{directory / NAME}: written by Tandem {values.get('version')}, this is {VERSION}; {rebuild}"
             )
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != fields:
-            odd = sorted(set(values) ^ fields)[0]
-            raise UserError(f"{directory / NAME}: field {odd!r} is unknown or absent; {rebuild}")
+        if values.pop("sha256", None) != _digest(values):
+            raise UserError(f"{directory / NAME}: changed since the build (its own SHA-256 differs); {rebuild}")
         manifest = cls(**{**values, "config": ModelConfig.from_dict(values["config"])})
         for name, recorded in manifest.files.items():
             _check(directory / name, recorded, rebuild)
         return manifest
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _check(path: Path, recorded: dict[str, Any], mend: str) -> None:

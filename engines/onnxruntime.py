@@ -25,6 +25,8 @@ class OnnxRuntimeEngine:
 
     def __init__(self, directory: Path, manifest: Manifest | None = None, threads: int = 0) -> None:
         self.manifest = manifest or Manifest.read(directory)
+        if self.manifest.target != "cpu":
+            raise UserError(f"{directory}: engines for {self.manifest.target}, this runs the cpu target only")
         self.config = self.manifest.config
         self.directory, self.threads = directory, threads
         self.sessions: dict[str, Any] = {}
@@ -70,6 +72,7 @@ class OnnxRuntimeEngine:
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}
 
     def prefill(self, token_ids: Tokens, position: int, accepted: int) -> tuple[Floats, Floats]:
+        assert accepted <= self.window_rows
         out = self._run("main.prefill", len(token_ids), token_ids=token_ids, position=position, accepted=accepted)
         self.parity, self.window_rows = 1 - self.parity, 1
         return out["hidden"], out["logits"]

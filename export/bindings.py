@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from export.config import ModelConfig
+from export.config import FULL, ModelConfig
 
 GRAPHS = ("main.prefill", "main.verify", "mtp.prefill", "mtp.draft")
 CACHE_BLOCK = 64  # S is a multiple of this: see plugins/gated_attention
@@ -40,7 +40,7 @@ def _state_specs(config: ModelConfig, mtp: bool) -> dict[str, Spec]:
     }
     specs: dict[str, Spec] = {}
     for i, kind in enumerate(config.layer_types):
-        if kind == "full_attention":
+        if kind == FULL:
             specs[f"layers.{i}.kv_cache"] = kv
         else:
             specs |= {f"layers.{i}.{name}": ("float32", shapes[name]) for name in shapes}

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from export.cli import run
 from export.config import ModelConfig, read_json
 from export.errors import UserError
 from export.layout import Planner, Source
@@ -186,7 +187,4 @@ def _main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        _main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(lambda: _main(sys.argv[1:]))

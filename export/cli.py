@@ -29,10 +29,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         sys.exit(141)
     except OSError as error:
-        print(f"error: {error.filename or 'file'}: {error.strerror}; nothing was changed", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the space", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; nothing was changed", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

@@ -239,10 +239,14 @@ def _rope(text: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _eos(config: Mapping[str, Any], text: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[int, ...]:
-    for source in (generation or {}, text, config):
+    for file, source in (("generation_config.json", generation or {}), ("config.json", text), ("config.json", config)):
         eos = source.get("eos_token_id")
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (eos,)
+        if eos is None:
+            continue
+        ids = tuple(eos) if isinstance(eos, list) else (eos,)
+        if not all(_is_int(token) and 0 <= token < text.get("vocab_size", 0) for token in ids):
+            raise UserError(f"{file}: eos_token_id is {eos!r}: expected ids of the vocabulary")
+        return ids
     return ()
 
 

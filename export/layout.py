@@ -22,7 +22,7 @@ from export.quantization import SUPPORTED, Declared
 from export.weights import DTYPES, Output, Run, Scalar
 
 FLOATS = ("BF16", "F16", "F32")
-BLOCK = 16  # NVFP4 elements per block scale
+GROUP = 16  # NVFP4 elements per block scale
 
 
 class Source(NamedTuple):
@@ -198,7 +198,7 @@ class Planner:
                 continue
             self._output(target, "U8", (e, n, k // 2), weights)
             scales = [m.scale.run() for m in stack if m.scale]
-            self._output(f"{target}_scale", "F8_E4M3", (e, n, k // BLOCK), scales)
+            self._output(f"{target}_scale", "F8_E4M3", (e, n, k // GROUP), scales)
             shape = (e, 2) if part == "gate_up_proj" else (e,)  # gate and up keep scales of their own
             self._output(f"{target}_scale_2", "F32", shape, list(chain(*(m.total for m in stack))))
         self.formats[name] = first.format
@@ -239,7 +239,7 @@ class Planner:
         self._check_declared(name, name, "nvfp4", weight)
         packed = stored.endswith("packed")
         join = "." if f"{name}.weight_scale" in self._sources else "_"
-        scale = self._take(f"{name}{join}weight_scale", (e, parts * n, k // BLOCK), ("F8_E4M3",))
+        scale = self._take(f"{name}{join}weight_scale", (e, parts * n, k // GROUP), ("F8_E4M3",))
         total_name = "weight_global_scale" if packed else "weight_scale_2"
         total = self._take(f"{name}{join}{total_name}", None, FLOATS)
         count = total.length // DTYPES[total.dtype][0]
@@ -264,11 +264,11 @@ class Planner:
         stored = f"{name}.weight_packed" if packed else f"{name}.weight"
         source = self._sources.get(stored) or self._missing(stored, hint)
         if packed or source.dtype == "U8":
-            if k % BLOCK:
-                why = f"NVFP4 rows of {k} are no whole blocks of {BLOCK}; keep this linear in BF16"
+            if k % GROUP:
+                why = f"NVFP4 rows of {k} are no whole blocks of {GROUP}; keep this linear in BF16"
                 raise UserError(f"{source.path}: tensor {source.name!r}: {why}")
             weight = self._take(stored, (n, k // 2), ("U8",))
-            scale = self._take(f"{name}.weight_scale", (n, k // BLOCK), ("F8_E4M3",))
+            scale = self._take(f"{name}.weight_scale", (n, k // GROUP), ("F8_E4M3",))
             total = self._take_scalar(f"{name}.{'weight_global_scale' if packed else 'weight_scale_2'}")
             matrix = Matrix(name, "nvfp4", weight, scale, (total.scalar(reciprocal=packed),))
         elif source.dtype == "F8_E4M3":
@@ -296,7 +296,7 @@ class Planner:
             self._output(f"{name}.weight_scale", "F32", (), matrix.total)
         elif matrix.format == "nvfp4":
             assert matrix.scale is not None
-            self._output(f"{name}.weight_scale", "F8_E4M3", (n, k // BLOCK), runs(matrix.scale))
+            self._output(f"{name}.weight_scale", "F8_E4M3", (n, k // GROUP), runs(matrix.scale))
             self._output(f"{name}.weight_scale_2", "F32", (), matrix.total)
         self.formats[name] = matrix.format
 

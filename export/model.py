@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from export.bindings import CACHE_BLOCK, GRAPHS, input_specs
-from export.config import ModelConfig
+from export.config import FULL, ModelConfig
 from plugins.gated_attention import BLOCK, GATED_ATTENTION, KV_APPEND
 from plugins.gated_delta_net import GATED_DELTA_NET_PREFILL, GATED_DELTA_NET_VERIFY
 from plugins.linear import FLOAT_LINEAR, FP8_LINEAR, NVFP4_LINEAR
@@ -204,7 +204,7 @@ class Layer(nn.Module):
         self.kind = kind
         self.input_layernorm = RmsNorm(weights, f"{name}.input_layernorm", config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(weights, f"{name}.post_attention_layernorm", config.rms_norm_eps)
-        if kind == "full_attention":
+        if kind == FULL:
             self.self_attn = Attention(config, weights, f"{name}.self_attn")
         else:
             self.linear_attn = GatedDeltaNet(config, weights, f"{name}.linear_attn")
@@ -214,7 +214,7 @@ class Layer(nn.Module):
         self, x: Tensor, position: Tensor, accepted: Tensor, state: list[Tensor], prefill: bool
     ) -> tuple[Tensor, list[Tensor]]:
         normed = self.input_layernorm(x)
-        if self.kind == "full_attention":
+        if self.kind == FULL:
             mixed, cache = self.self_attn(normed, position, state[0], prefill)
             next_state = [cache]
         else:
@@ -251,7 +251,7 @@ class MtpHead(nn.Module):
         self.fc = Linear(weights, "mtp.fc")
         if not only_append:
             self.norm = RmsNorm(weights, "mtp.norm", epsilon)
-            self.layers = nn.ModuleList([Layer(config, weights, "mtp.layers.0", "full_attention")])
+            self.layers = nn.ModuleList([Layer(config, weights, "mtp.layers.0", FULL)])
             return
         self.layers = nn.ModuleList([AppendLayer(config, weights, "mtp.layers.0")])
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from export.cli import run
 from export.errors import UserError
 
 PIECE = 16 << 20  # bytes in memory at a time
@@ -301,7 +302,11 @@ def _pieces(reader: Reader, output: Output) -> Iterator[bytes]:
             yield struct.pack("<f", read_scalar(reader, part))
             continue
         for at in range(0, part.length, PIECE):
-            yield reader.read(part.path, part.offset + at, min(PIECE, part.length - at))
+            piece = reader.read(part.path, part.offset + at, min(PIECE, part.length - at))
+            # E4M3's two codes that are no number: no quantizer writes them, and one would spread to every logit.
+            if output.dtype == "F8_E4M3" and (b"\x7f" in piece or b"\xff" in piece):
+                raise UserError(f"{part.path}: {output.name!r} holds an FP8 value that is no number; download it again")
+            yield piece
 
 
 def read_scalar(reader: Reader, scalar: Scalar) -> float:
@@ -316,6 +321,10 @@ def read_scalar(reader: Reader, scalar: Scalar) -> float:
     return result.item()
 
 
+def _main() -> None:
+    for name, found in read_header(Path(sys.argv[1])).items():
+        print(f"{found.dtype:8} {found.shape!s:24} {name}")
+
+
 if __name__ == "__main__":
-    for _name, _found in read_header(Path(sys.argv[1])).items():
-        print(f"{_found.dtype:8} {_found.shape!s:24} {_name}")
+    run(_main)

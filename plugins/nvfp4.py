@@ -28,7 +28,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor) 
 def table(name: str, values: torch.Tensor) -> str:
     """A body statement: a float32 constant with these values."""
     shape = ",".join(map(str, values.shape))
-    # E4M3 has two NaN codes; no quantizer writes them, and a body's text has no spelling for them.
+    # E4M3's two NaN codes: the exporter refuses them, and a body's text has no spelling for them.
     numbers = ", ".join(f"{number(value)}" for value in values.nan_to_num(0.0).flatten().tolist())
     return f"{name} = Constant <value = float[{shape}] {{{numbers}}}> ()"
 

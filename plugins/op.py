@@ -10,7 +10,7 @@ file and a plugin of the same name may take its place. A new op is one folder an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -46,8 +46,8 @@ class Op:
     body: Callable[[Attributes, bool], str]
     cases: Callable[[torch.Generator, int], Iterator[Case]]
     attributes: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
     rtol: float = 2e-6
-    doc: str = field(default="", compare=False)
 
     def __call__(self, *inputs: torch.Tensor, **attributes: Any) -> Any:
         assert len(inputs) == len(self.inputs), f"{self.name} takes {self.inputs}"

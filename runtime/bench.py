@@ -22,6 +22,7 @@ from typing import Any
 from engines.manifest import WEIGHTS
 from engines.onnxruntime import OnnxRuntimeEngine
 from export.cli import run, say
+from export.config import read_json
 from export.errors import UserError
 from runtime.decode import DEMO, summary
 from runtime.rounds import generate
@@ -33,10 +34,9 @@ GREEDY = SamplingConfig()
 
 
 def load_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    values = json.loads(path.read_text())
-    texts = values["completions"] if isinstance(values, dict) else values
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path}: expected a JSON list of texts")
+    texts = read_json(path).get("completions")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path}: expected a JSON object with `completions`, a list of texts")
     return [tokenizer.encode(text) for text in texts]
 
 
@@ -75,6 +75,8 @@ class Transformers:
 
         from export.dequantize import dequantize
 
+        if engine.manifest.config.model_type == "qwen3_next":
+            raise UserError(f"{model_directory}: the comparison reads Qwen3.5 and Qwen3.6 only; leave --model out")
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(threads)
         self.torch = torch
@@ -176,7 +178,9 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="its checkpoint: also times transformers and the build"
     )
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="JSON list of texts")
+    parser.add_argument(
+        "--prompts", type=Path, default=PROMPTS, metavar="FILE", help="JSON: `completions`, a list of texts"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="of both sides")

@@ -9,9 +9,12 @@ one JSON line per round. Without --engines, the demo's engines are used (`make d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +111,19 @@ def main() -> None:
     config = engine.manifest.config
     stop_ids = () if options.ignore_eos else config.eos_token_id
     rounds: list[Round] = []
+    if options.trace:
+        options.trace.touch()  # a path that cannot be written is an error now, not after the text
 
-    def tokens(update: Any = None) -> Any:
+    def tokens(update: Any) -> Iterator[int]:
         for r in generate(engine, prompt, options.max_new_tokens, options.mtp_k, sampler, stop_ids, update):
             rounds.append(r)
             yield from r.tokens
 
-    stream = tokens()
-    if len(prompt) > PREFILL_CHUNK:
-        with progress(f"prefill of {len(prompt)} tokens") as update:
-            stream = tokens(update)
-            first = next(stream)
-        stream = _after(first, stream)
+    long = progress(f"prefill of {len(prompt)} tokens") if len(prompt) > PREFILL_CHUNK else contextlib.nullcontext()
+    with long as update:
+        stream = tokens(update)
+        first = next(stream)
+    stream = itertools.chain([first], stream)
     pieces: list[str] = []
     for piece in tokenizer.stream(prompt, stream) if tokenizer else (f"{token} " for token in stream):
         pieces.append(piece)
@@ -134,11 +138,6 @@ def main() -> None:
     report(result, len(prompt), rounds)
     if options.json:
         print(json.dumps(result))
-
-
-def _after(first: int, rest: Any) -> Any:
-    yield first
-    yield from rest
 
 
 if __name__ == "__main__":

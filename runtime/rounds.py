@@ -94,7 +94,11 @@ class Decoder:
         while len(tokens) <= count and tokens[-1] == drafts[len(tokens) - 1]:
             tokens.append(self.sampler.sample(logits[len(tokens)], self.position + 1 + len(tokens)))
         self.accepted = len(tokens)
-        self.head_hidden, self.head_tokens = hidden[: len(tokens)], tokens
+        if count or not self.mtp_k:
+            self.head_hidden, self.head_tokens = hidden[: len(tokens)], tokens
+        else:  # nothing was drafted: the head has not seen its rows yet, and these queue up behind them
+            self.head_hidden = np.concatenate([self.head_hidden, hidden])
+            self.head_tokens = [*self.head_tokens, *tokens]
         self.position += len(tokens)
         self.last = tokens[-1]
         return drafts, tokens

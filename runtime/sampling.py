@@ -41,7 +41,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
-            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a number from 0 up"),
+            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or 0.000001 to 1000000"),
             ("top-k", self.top_k >= 0, "an integer from 0 up"),
             ("top-p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("min-p", 0 <= self.min_p <= 1, "a number from 0 to 1"),

@@ -5,8 +5,11 @@ pytest tests/test_decode.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +22,7 @@ from typing import Any
 import pytest
 import tokenizers
 
+from engines.build import _replaced
 from tests.checkpoints import random_state, tiny_config, write_checkpoint
 from tests.conftest import Build, Built
 
@@ -115,6 +119,40 @@ def test_stop_ids_end_the_text(spoken: Path, tmp_path: Path) -> None:
     assert stopped[-1] in (21, 22, 23) and not {21, 22, 23} & set(stopped[:-1])
 
 
+def test_text_comes_as_it_is_decoded(spoken: Path) -> None:
+    command = [sys.executable, "-m", "runtime.decode", "--engines", str(spoken), "--prompt", "abc", "--ignore-eos"]
+    with subprocess.Popen([*command, "--max-new-tokens", "500"], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        assert process.poll() is None and first.isalpha()
+        rest = process.stdout.read()
+    assert len(first + rest) == 501
+
+
+def on_a_terminal(*arguments: object) -> str:
+    """What a command shows on a terminal, its control sequences taken out."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", *map(str, arguments)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm"}
+    ):
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux ends a terminal that way
+            while piece := os.read(master, 4096):
+                shown += piece
+    os.close(master)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(spoken: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("abcdefgh" * 50)
+    flags = ("runtime.decode", "--engines", spoken, "--prompt-file", tmp_path / "prompt", "--max-new-tokens", 2)
+    assert re.search(r"prefill of 400 tokens ━+ +100 %", on_a_terminal(*flags))
+    lines = run(*flags).stderr.splitlines()
+    assert "prefill of 400 tokens: done" in lines and not any("━" in line or "\r" in line for line in lines)
+
+
 def test_bad_requests_are_one_line(built: Built, spoken: Path, tmp_path: Path) -> None:
     refused(decode(tmp_path / "none", "--prompt", "a"), tmp_path / "none", "make engines")
     refused(decode(tmp_path, "--prompt", "a"), tmp_path, "manifest.json")
@@ -123,6 +161,8 @@ def test_bad_requests_are_one_line(built: Built, spoken: Path, tmp_path: Path) -
     refused(decode(spoken, "--token-ids", "1", "--max-new-tokens", 512), "512", "cache")
     refused(decode(spoken, "--token-ids", "1", "--temperature", -1), "--temperature")
     refused(decode(spoken, "--prompt-file", tmp_path / "missing"), tmp_path / "missing")
+    refused(decode(spoken, "--prompt", "a", "--trace", tmp_path / "no" / "trace"), tmp_path / "no" / "trace")
+    refused(decode(spoken, "--prompt", b"\xff".decode(errors="surrogateescape")), "UTF-8")
     result = decode(spoken, "--prompt", "a", "--no-such-flag")
     assert result.returncode == 2 and "--no-such-flag" in result.stderr
 
@@ -132,11 +172,15 @@ def test_no_head_refuses_drafts(build_engine: Build) -> None:
     refused(decode(headless.directory, "--token-ids", "1", "--mtp-k", 1), "no MTP head", "--mtp-k 0")
 
 
-@pytest.mark.parametrize("what", ["changed", "truncated", "missing", "version", "field"])
+@pytest.mark.parametrize("what", ["changed", "truncated", "missing", "version", "field", "unchecked", "touched"])
 def test_engine_directory_that_was_changed(what: str, built: Built, tmp_path: Path) -> None:
     copy = tmp_path / "engines"
     shutil.copytree(built.directory, copy)
     weights, manifest = copy / "weights.safetensors", copy / "manifest.json"
+    if what == "touched":  # another time of change is no change
+        os.utime(weights)
+        assert decode(copy, "--token-ids", "1", "--max-new-tokens", 1).returncode == 0
+        return
     mention = "weights.safetensors"
     if what == "changed":
         data = bytearray(weights.read_bytes())
@@ -149,9 +193,9 @@ def test_engine_directory_that_was_changed(what: str, built: Built, tmp_path: Pa
         mention = "main.verify.onnx"
     else:
         values = json.loads(manifest.read_text())
-        values |= {"version": "0.0.1"} if what == "version" else {"surprise": 1}
+        values |= {"version": {"version": "0.0.1"}, "field": {"capacity": "abc"}, "unchecked": {"files": {}}}[what]
         manifest.write_text(json.dumps(values))
-        mention = "0.0.1" if what == "version" else "surprise"
+        mention = "0.0.1" if what == "version" else "manifest.json"
     refused(decode(copy, "--token-ids", "1"), mention, "make engines")
 
 
@@ -252,12 +296,49 @@ def copy_with_engines(built: Built, root: Path) -> bytes:
 
 def test_full_disk_leaves_the_old_engines(built: Built, tmp_path: Path) -> None:
     before = copy_with_engines(built, tmp_path)
-    for size in (1000, 30_000):  # in the weights, in the graphs
+    weights = (built.directory / "weights.safetensors").stat().st_size
+    for size, mention in ((1000, "weights.safetensors"), (weights, ".onnx")):
         result = subprocess.run(limited(tmp_path, size), cwd=ROOT, capture_output=True, text=True, timeout=300)
-        refused(result)
+        refused(result, mention, "space")
         assert (tmp_path / "engines" / "manifest.json").read_bytes() == before
         assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "engines"}
     assert decode(tmp_path / "engines", "--token-ids", "1", "--max-new-tokens", 2).returncode == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("had_engines", [True, False])
+def test_failure_between_the_two_renames(
+    error: type[BaseException], had_engines: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "engines"
+    if had_engines:
+        out.mkdir()
+        (out / "old").touch()
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".new-" in self.name:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(error), _replaced(out) as fresh:
+        (fresh / "new").touch()
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "engines",
+        "engines/old",
+    ] * had_engines
+
+
+def test_engines_set_aside_by_a_killed_build_come_back(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    aside = tmp_path / f".engines.old-{gone.pid}"
+    aside.mkdir()
+    (aside / "old").touch()
+    with pytest.raises(RuntimeError), _replaced(tmp_path / "engines"):
+        raise RuntimeError
+    assert (tmp_path / "engines" / "old").exists() and not aside.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)

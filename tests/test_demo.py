@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from demo.evaluate import check
 from engines.build import build
 from engines.onnxruntime import OnnxRuntimeEngine
 from runtime.bench import GREEDY, Bench, Transformers, load_prompts
@@ -67,3 +68,15 @@ def test_tokenizer_round_trip_and_whole_characters() -> None:
         streamed = list(tokenizer.stream([], ids))
         assert "\ufffd" not in "".join(streamed)
         assert "".join(streamed) == text.replace("<|im_start|>", "").replace("<|im_end|>", "")
+
+
+def test_a_character_cut_by_the_prompt_or_by_the_end() -> None:
+    tokenizer = Tokenizer(DEMO / "checkpoint")
+    ids = tokenizer.encode("a = '🙂' + ''")
+    cut = next(n for n in range(1, len(ids)) if "".join(tokenizer.stream([], ids[:n])).endswith("\ufffd"))
+    assert "".join(tokenizer.stream(ids[:cut], ids[cut:])) == "🙂' + ''"
+    assert "".join(tokenizer.stream([], ids[:cut])) == "a = '\ufffd"
+
+
+def test_training_model_equals_transformers() -> None:
+    check()

@@ -104,6 +104,15 @@ def test_every_layout_equals_its_dequantized_twin(layout: Layout, expanded: bool
     assert actual == reference.rounds(prompt, 30, 2)
 
 
+@pytest.mark.parametrize("shape", ["moe-wide", "dense", "tied", "next"])
+def test_quantized_members_of_the_family(shape: str, build_engine: Build) -> None:
+    sizes = {"hidden_size": 32} if shape == "moe-wide" else {}
+    built = build_engine("modelopt_mixed", False, **{**SHAPES[shape], **sizes})
+    prompt = prompt_of(built, 7)
+    actual = [(list(r.drafts), r.accepted) for r in generate(built.engine(), prompt, 30, 2, GREEDY)][1:]
+    assert actual == Reference(built.config, built.twin).rounds(prompt, 30, 2)
+
+
 def test_eager_torch_gives_the_same_tokens(build_engine: Build) -> None:
     built = build_engine("modelopt_mixed", True, vocab_size=24)
     prompt = prompt_of(built, 9)

@@ -25,15 +25,16 @@ from tests.test_model import GREEDY, prompt_of, tokens_of
 LIVELY = {"vocab_size": 24}  # few enough words that the random head is right now and then
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["expanded", "packed"])
+@pytest.fixture(scope="module", params=[(True, 1), (True, 2), (False, 1)], ids=["expanded", "two-threads", "packed"])
 def engine(request, build_engine):  # type: ignore[no-untyped-def]
-    return build_engine("modelopt_mixed", request.param, **LIVELY).engine()
+    expanded, threads = request.param
+    return build_engine("modelopt_mixed", expanded, **LIVELY).engine(threads)
 
 
 @given(
     prompt=st.lists(st.integers(0, 23), min_size=1, max_size=12),
     count=st.integers(1, 40),
-    mtp_k=st.integers(1, 4),
+    mtp_k=st.integers(1, 6) | st.just(16),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     filters=st.sampled_from(
         [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9, "min_p": 0.02}]
@@ -119,21 +120,42 @@ def test_a_further_prompt_after_a_round_commits_the_accepted_rows(build_engine: 
 
 
 def test_tokens_follow_the_models_distribution(build_engine: Build) -> None:
-    """Temperature 1, drafts on: the second and third token of many seeds against transformers' probabilities."""
+    """Temperature 1: the two tokens of the first round, over many seeds, against transformers' probabilities."""
     built = build_engine(vocab_size=6)
     reference, engine, prompt = Reference(built.config, built.twin), built.engine(), [1, 4, 2]
     seen: Counter[tuple[int, ...]] = Counter()
     for seed in range(3000):
         sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))
-        seen[tuple(tokens_of(engine, prompt, 3, 2, sampler)[:2])] += 1
-    first = reference.forward(prompt)[1][-1].softmax(-1)
-    second = [reference.forward([*prompt, token])[1][-1].softmax(-1) for token in range(6)]
-    expected = {(a, b): float(first[a] * second[a][b]) * 3000 for a in range(6) for b in range(6)}
+        seen[tuple(tokens_of(engine, prompt, 4, 2, sampler)[1:3])] += 1
+
+    def probabilities(*tokens: int) -> torch.Tensor:
+        return reference.forward([*prompt, *tokens])[1][-1].softmax(-1)
+
+    first = probabilities()
+    expected = {(b, c): 0.0 for b in range(6) for c in range(6)}
+    for a in range(6):
+        second = probabilities(a)
+        for b in range(6):
+            third = probabilities(a, b)
+            for c in range(6):
+                expected[b, c] += float(first[a] * second[b] * third[c]) * 3000
     common = [pair for pair, count in expected.items() if count >= 5]
     rare = 3000 - sum(expected[pair] for pair in common)
     observed = [seen[pair] for pair in common] + [3000 - sum(seen[pair] for pair in common)]
     # The seeds are fixed, so this cannot flake; a wrong distribution gives a p-value of zero.
     assert chisquare(observed, [expected[pair] for pair in common] + [rare]).pvalue > 1e-3
+
+
+def test_drafts_after_rounds_without_drafts(build_engine: Build) -> None:
+    """K may change between rounds: rows that the head has not seen queue up for it."""
+    built = build_engine(**LIVELY)
+    reference, prompt = Reference(built.config, built.twin), prompt_of(built, 5)
+    decoder = Decoder(built.engine(), 80, 3, GREEDY)
+    text = [*prompt, decoder.prefill(prompt)]
+    for count in (0, 2, 0, 0, 3, 1, 0, 2, 3):
+        drafts, tokens = decoder.round(count)
+        assert drafts == reference.drafts(text, reference.forward(text)[0], count)
+        text += tokens
 
 
 def test_stop_id_ends_the_text_inside_a_round(engine) -> None:  # type: ignore[no-untyped-def]

@@ -73,8 +73,8 @@ def nvfp4_body(attributes: Attributes, expanded: bool) -> str:
 
 FLOAT_LINEAR = Op(
     name="FloatLinear",
-    doc="weight bfloat16, float16 or float32 [N, K]",
-    inputs=("x", "weight"),
+    inputs=("x", "weight"),  # weight bfloat16, float16 or float32 [N, K]
+    weights=("weight",),
     outputs=("y",),
     reference=lambda x, weight: x @ weight.float().T,
     infer=infer,
@@ -84,8 +84,8 @@ FLOAT_LINEAR = Op(
 
 FP8_LINEAR = Op(
     name="Fp8Linear",
-    doc="weight float8_e4m3fn [N, K], weight_scale float32 []: W = weight * weight_scale",
-    inputs=("x", "weight", "weight_scale"),
+    inputs=("x", "weight", "weight_scale"),  # float8_e4m3fn [N, K], float32 []: W = weight * weight_scale
+    weights=("weight", "weight_scale"),
     outputs=("y",),
     reference=lambda x, weight, weight_scale: x @ (weight.float() * weight_scale).T,
     infer=infer,
@@ -95,8 +95,8 @@ FP8_LINEAR = Op(
 
 NVFP4_LINEAR = Op(
     name="Nvfp4Linear",
-    doc="weight uint8 [N, K/2], weight_scale uint8 (E4M3) [N, K/16], weight_scale_2 float32 []",
-    inputs=("x", "weight", "weight_scale", "weight_scale_2"),
+    inputs=("x", "weight", "weight_scale", "weight_scale_2"),  # uint8 [N, K/2], uint8 (E4M3) [N, K/16], float32 []
+    weights=("weight", "weight_scale", "weight_scale_2"),
     outputs=("y",),
     reference=lambda x, weight, scale, scale_2: x @ nvfp4.dequantize(weight, scale, scale_2).T,
     infer=infer,

@@ -211,10 +211,13 @@ def nvfp4_weights(generator: torch.Generator, hidden: int, experts: int, inner: 
 
 
 ROUTED = ("x", "topk_weights", "topk_ids")
+FLOAT_WEIGHTS = ("gate_up", "down")
+NVFP4_WEIGHTS = ("gate_up", "gate_up_scale", "gate_up_scale_2", "down", "down_scale", "down_scale_2")
 
 FLOAT_MOE_EXPERTS = Op(
     name="FloatMoeExperts",
-    inputs=(*ROUTED, "gate_up", "down"),
+    inputs=(*ROUTED, *FLOAT_WEIGHTS),
+    weights=FLOAT_WEIGHTS,
     outputs=("y",),
     attributes=("num_experts", "moe_intermediate_size"),
     reference=float_reference,
@@ -225,7 +228,8 @@ FLOAT_MOE_EXPERTS = Op(
 
 NVFP4_MOE_EXPERTS = Op(
     name="Nvfp4MoeExperts",
-    inputs=(*ROUTED, "gate_up", "gate_up_scale", "gate_up_scale_2", "down", "down_scale", "down_scale_2"),
+    inputs=(*ROUTED, *NVFP4_WEIGHTS),
+    weights=NVFP4_WEIGHTS,
     outputs=("y",),
     attributes=("num_experts", "moe_intermediate_size"),
     reference=nvfp4_reference,

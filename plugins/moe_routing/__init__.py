@@ -46,6 +46,7 @@ def cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
 MOE_ROUTING = Op(
     name="MoeRouting",
     inputs=("x", "weight"),
+    weights=("weight",),
     outputs=("topk_weights", "topk_ids"),
     attributes=("num_experts_per_tok",),
     reference=reference,

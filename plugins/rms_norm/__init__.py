@@ -43,6 +43,7 @@ def cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
 RMS_NORM = Op(
     name="ZeroCenteredRmsNorm",
     inputs=("x", "weight"),
+    weights=("weight",),
     outputs=("y",),
     attributes=("epsilon",),
     reference=reference,
