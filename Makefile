@@ -18,6 +18,7 @@ export PYTHONPATH := .
 setup: .venv/ready
 
 .venv/ready: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Tandem needs Python 3.11 or newer: make PYTHON=…')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

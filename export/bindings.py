@@ -3,7 +3,7 @@
 No torch here, so that decoding need not load it. A letter is a dynamic dimension: T rows of the call, S cache
 capacity, W rows of the pending window, which are the rows of the verify before.
 
-    python -c "from export.bindings import *; print(input_specs('main.verify', config))"
+    input_specs("main.verify", config)["token_ids"]        # ("int64", ("T",))
 """
 
 from __future__ import annotations

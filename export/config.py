@@ -2,7 +2,7 @@
 
 Contract: `ModelConfig.from_hf` takes a checkpoint directory, a config.json or its parsed dict, with the
 text model flat or nested under `text_config`. Field names are the ones of Hugging Face. A field that is
-absent, malformed or outside what Tandem computes is a `UserError` that names it; nothing is guessed.
+absent, malformed or outside what Tandem computes is a `UserError` that names it; defaults are those of transformers.
 
     python -c "from export.config import ModelConfig; print(ModelConfig.from_hf('path/to/checkpoint'))"
 """

@@ -82,7 +82,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _name(values: Sequence[ir.Value], specs: dict[str, Spec]) -> None:
-    assert len(values) == len(specs), f"the graph has {len(values)} bindings, the design {len(specs)}"
+    assert len(values) == len(specs), f"the graph has {len(values)} bindings, export.bindings {len(specs)}"
     for value, (name, (_, shape)) in zip(values, specs.items(), strict=True):
         value.name = name
         value.shape = ir.Shape(shape)

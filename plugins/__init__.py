@@ -1,4 +1,4 @@
-"""The ops of the model, one folder each: semantics, ONNX function body, kernels. `OPS` is the whole list."""
+"""The ops of the model, one folder each: semantics and ONNX function body. `OPS` is the whole list."""
 
 from plugins.gated_attention import GATED_ATTENTION, KV_APPEND
 from plugins.gated_delta_net import GATED_DELTA_NET_PREFILL, GATED_DELTA_NET_VERIFY

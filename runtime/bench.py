@@ -9,7 +9,9 @@ repeats. Decoding only: prefill is timed apart. The last line of stdout is one J
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -25,12 +27,14 @@ from export.cli import run, say
 from export.config import read_json
 from export.errors import UserError
 from runtime.decode import DEMO, summary
-from runtime.rounds import generate
+from runtime.rounds import Decoder, generate
 from runtime.sampling import Sampler, SamplingConfig
 from runtime.tokenizer import Tokenizer
 
 PROMPTS = Path("demo/prompts.json")
 GREEDY = SamplingConfig()
+# Python's standard library, which is not among the demo's data.
+HELD_OUT = ("argparse", "ast", "calendar", "configparser", "csv", "queue", "textwrap", "zipfile")
 
 
 def load_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
@@ -64,6 +68,31 @@ class Bench:
             "prefill_tokens_per_second": sum(map(len, self.prompts)) / sum(r["prefill_seconds"] for r, _ in results),
             "token_ids": [r["token_ids"] for r, _ in results],
         }
+
+    def text_as_context(self, modules: tuple[str, ...], mtp_k: int = 2, count: int = 300) -> list[float]:
+        """Share of positions at which the first i drafts all are the main model's greedy choice, over `count` tokens
+        from the middle of each of these modules' source.
+
+        Every round starts from the text, so that greedy decoding's loops, easy to draft, do not flatter the head."""
+        tokenizer = Tokenizer(self.engine.directory)
+        shares = []
+        for module in modules:
+            tokens = tokenizer.encode(inspect.getsource(importlib.import_module(module)))
+            middle = len(tokens) // 2
+            shares.append(self._follow(tokens[middle : middle + count], mtp_k))
+        return [statistics.mean(column) for column in zip(*shares, strict=True)]
+
+    def _follow(self, tokens: list[int], mtp_k: int) -> list[float]:
+        decoder = Decoder(self.engine, len(tokens) + mtp_k, mtp_k, Sampler(GREEDY))
+        decoder.prefill(tokens[:1])
+        right = [0] * mtp_k
+        for position in range(1, len(tokens)):
+            # Take the text's token in place of what the last round chose; of its rows only the first is true.
+            decoder.position, decoder.last, decoder.accepted = position, tokens[position], min(decoder.accepted, 1)
+            decoder.head_hidden, decoder.head_tokens = decoder.head_hidden[:1], [tokens[position]]
+            _, chosen = decoder.round(mtp_k)
+            right = [count + (len(chosen) > i + 1) for i, count in enumerate(right)]
+        return [count / (len(tokens) - 1) for count in right]
 
 
 class Transformers:
@@ -135,6 +164,7 @@ def measure(bench: Bench, other: Transformers | None, repeats: int) -> dict[str,
     result["prefill_tokens_per_second"] = statistics.median(r["prefill_tokens_per_second"] for r in runs[0])
     if 2 in ks:
         sampled = SamplingConfig(temperature=1.0, seed=1)
+        result["text_as_context_acceptance"] = bench.text_as_context(HELD_OUT)
         result["sampled_acceptance"] = {
             "shared_noise": bench.decode(2, sampled)["acceptance"],
             "greedy_drafts": bench.decode(2, sampled, drafting=GREEDY)["acceptance"],
@@ -159,6 +189,11 @@ def table(result: dict[str, Any]) -> None:
         )
     if "transformers_tokens_per_second" in result:
         print(f"transformers.generate: {result['transformers_tokens_per_second']:.0f} tokens/s")
+    if "text_as_context_acceptance" in result:
+        rates = " ".join(f"{rate:.0%}" for rate in result["text_as_context_acceptance"])
+        print(f"standard library as context: {rates} accepted by position")
+    if "build_seconds" in result:
+        print(f"export and build: {result['build_seconds']:.0f} s")
     for name, rates in result.get("sampled_acceptance", {}).items():
         label = name.replace("_", " ")
         print(f"temperature 1, {label}: {' '.join(f'{rate:.0%}' for rate in rates)} accepted by position")

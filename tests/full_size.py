@@ -20,9 +20,7 @@ Tensor = tuple[str, str, tuple[int, ...]]
 
 TEXT: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text",
-    "vocab_size": 248320,
     "hidden_size": 2048,
-    "num_hidden_layers": 40,
     "full_attention_interval": 4,
     "num_attention_heads": 16,
     "num_key_value_heads": 2,
@@ -33,7 +31,6 @@ TEXT: dict[str, Any] = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
-    "num_experts": 256,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
@@ -43,13 +40,14 @@ TEXT: dict[str, Any] = {
     "hidden_act": "silu",
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
 }
-H, E, INNER = TEXT["hidden_size"], TEXT["num_experts"], TEXT["moe_intermediate_size"]
+H, INNER = TEXT["hidden_size"], TEXT["moe_intermediate_size"]
 
 
 class Layout:
     """Collects tensors and the quantization that each module is declared with."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
         self.declared: dict[str, dict[str, object]] = {}
 
     def nvfp4(self, name: str, n: int, k: int) -> Iterator[Tensor]:
@@ -85,14 +83,14 @@ class Layout:
             yield f"{name}.linear_attn.conv1d.weight", "BF16", (8192, 1, 4)
             for part, n in (("A_log", 32), ("dt_bias", 32), ("norm.weight", 128)):
                 yield f"{name}.linear_attn.{part}", "BF16", (n,)
-        yield f"{name}.mlp.gate.weight", "BF16", (E, H)
+        yield f"{name}.mlp.gate.weight", "BF16", (self.experts, H)
         yield f"{name}.mlp.shared_expert_gate.weight", "BF16", (1, H)
         yield from self.swiglu(f"{name}.mlp.shared_expert", INNER)
-        for expert in range(E):
+        for expert in range(self.experts):
             yield from self.swiglu(f"{name}.mlp.experts.{expert}", INNER)
 
 
-def head() -> Iterator[Tensor]:
+def head(experts: int) -> Iterator[Tensor]:
     """The MTP head, BF16, its experts stacked."""
     yield "mtp.fc.weight", "BF16", (H, 2 * H)
     layer = "mtp.layers.0"
@@ -104,24 +102,24 @@ def head() -> Iterator[Tensor]:
         yield f"{layer}.self_attn.{part}_proj.weight", "BF16", (n, k)
     for part in "qk":
         yield f"{layer}.self_attn.{part}_norm.weight", "BF16", (256,)
-    yield f"{layer}.mlp.gate.weight", "BF16", (E, H)
-    yield f"{layer}.mlp.experts.gate_up_proj", "BF16", (E, 2 * INNER, H)
-    yield f"{layer}.mlp.experts.down_proj", "BF16", (E, H, INNER)
+    yield f"{layer}.mlp.gate.weight", "BF16", (experts, H)
+    yield f"{layer}.mlp.experts.gate_up_proj", "BF16", (experts, 2 * INNER, H)
+    yield f"{layer}.mlp.experts.down_proj", "BF16", (experts, H, INNER)
     for part, n, k in (("gate", INNER, H), ("up", INNER, H), ("down", H, INNER)):
         yield f"{layer}.mlp.shared_expert.{part}_proj.weight", "BF16", (n, k)
     yield f"{layer}.mlp.shared_expert_gate.weight", "BF16", (1, H)
 
 
-def write(directory: Path, layers: int = 40) -> None:
-    """Write the checkpoint with its first `layers` layers, one shard per ten."""
+def write(directory: Path, layers: int = 40, experts: int = 256, vocab_size: int = 248320) -> None:
+    """Write the checkpoint, or one with fewer layers, experts or words; one shard per ten layers."""
     directory.mkdir(parents=True)
-    layout, prefix = Layout(), "model.language_model"
-    shards: list[list[Tensor]] = [[(f"{prefix}.embed_tokens.weight", "BF16", (TEXT["vocab_size"], H))]]
+    layout, prefix = Layout(experts), "model.language_model"
+    shards: list[list[Tensor]] = [[(f"{prefix}.embed_tokens.weight", "BF16", (vocab_size, H))]]
     for i in range(layers):
         if i and i % 10 == 0:
             shards.append([])
         shards[-1] += layout.layer(f"{prefix}.layers.{i}", attention=i % 4 == 3)
-    shards[-1] += [(f"{prefix}.norm.weight", "BF16", (H,)), *layout.nvfp4("lm_head", TEXT["vocab_size"], H), *head()]
+    shards[-1] += [(f"{prefix}.norm.weight", "BF16", (H,)), *layout.nvfp4("lm_head", vocab_size, H), *head(experts)]
     index: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -132,7 +130,7 @@ def write(directory: Path, layers: int = 40) -> None:
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],
         "model_type": "qwen3_5_moe",
         "tie_word_embeddings": False,
-        "text_config": {**TEXT, "num_hidden_layers": layers},
+        "text_config": {**TEXT, "num_hidden_layers": layers, "num_experts": experts, "vocab_size": vocab_size},
         "quantization_config": quantization,
     }
     (directory / "config.json").write_text(json.dumps(config))

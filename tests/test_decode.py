@@ -23,6 +23,7 @@ import pytest
 import tokenizers
 
 from engines.build import _replaced
+from tests import full_size
 from tests.checkpoints import random_state, tiny_config, write_checkpoint
 from tests.conftest import Build, Built
 
@@ -358,3 +359,21 @@ def test_interrupted_build_leaves_the_old_engines(number: signal.Signals, built:
     if number == signal.SIGKILL:  # nobody could clean up: the next build does
         assert run("engines.build", "--model", tmp_path / "checkpoint", "--out", tmp_path / "engines").returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "engines"}
+
+
+def test_export_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    """Build, not only weights: 4 and 16 layers of the real widths with 64 experts, 0.8 and 2.3 GB."""
+    peaks = []
+    for layers in (4, 16):
+        model = tmp_path / str(layers)
+        full_size.write(model, layers, experts=64, vocab_size=16384)
+        code = (
+            "import resource, sys; from engines.build import build; from pathlib import Path;"
+            "build(Path(sys.argv[1]), Path(sys.argv[2]));"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        )
+        command = [sys.executable, "-c", code, str(model), str(tmp_path / "engines")]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+        peaks.append(int(result.stdout))
+        shutil.rmtree(tmp_path / "engines")
+    assert peaks[1] - peaks[0] < 64, f"peak RSS in MiB: {peaks}"

@@ -13,7 +13,7 @@ import pytest
 from demo.evaluate import check
 from engines.build import build
 from engines.onnxruntime import OnnxRuntimeEngine
-from runtime.bench import GREEDY, Bench, Transformers, load_prompts
+from runtime.bench import GREEDY, HELD_OUT, Bench, Transformers, load_prompts
 from runtime.sampling import SamplingConfig
 from runtime.tokenizer import Tokenizer
 
@@ -47,6 +47,12 @@ def test_drafts_are_worth_their_while(bench: Bench) -> None:
     shared = bench.decode(2, SAMPLED)["acceptance"]
     unshared = bench.decode(2, SAMPLED, drafting=GREEDY)["acceptance"]
     assert shared[0] > unshared[0] and shared[1] > unshared[1]
+
+
+def test_drafts_on_held_out_text(bench: Bench) -> None:
+    """With the text as context at every position: no loops of greedy decoding flatter the head."""
+    first, second = bench.text_as_context(HELD_OUT[3:], count=150)
+    assert first >= 0.6 and second >= 0.4
 
 
 def test_the_text_is_that_of_transformers(bench: Bench) -> None:
