@@ -7,11 +7,10 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 TARGET ?= cpu
-MODEL  ?= demo/checkpoint
-OUT    ?= build/$(if $(filter demo/checkpoint,$(MODEL)),demo,$(notdir $(abspath $(MODEL))))/$(TARGET)
 DEMO   := build/demo/cpu
 
 export PYTHONPATH := .
+export MODEL TARGET OUT  # the shell reads them from its environment: names may hold blanks and quotes
 
 .PHONY: setup demo test lint bench engines clean
 
@@ -24,7 +23,8 @@ setup: .venv/ready
 	touch $@
 
 engines: setup
-	$(BIN)/python -m engines.build --model "$(MODEL)" --target "$(TARGET)" --out "$(OUT)"
+	$(if $(MODEL),,$(error MODEL is missing: make engines MODEL=<checkpoint directory>))
+	$(BIN)/python -m engines.build --model "$$MODEL" --target "$$TARGET" $${OUT:+--out "$$OUT"}
 
 $(DEMO)/manifest.json: .venv/ready $(wildcard demo/checkpoint/*) $(wildcard export/*.py plugins/*.py plugins/*/*.py engines/*.py)
 	$(BIN)/python -m engines.build --model demo/checkpoint --target cpu --out $(DEMO)

@@ -8,8 +8,8 @@ fails, is interrupted or fills the disk leaves the engines that were there befor
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import glob
 import importlib.metadata
 import math
 import os
@@ -23,7 +23,8 @@ import onnx_ir as ir
 from engines.manifest import NAME, VERSION, WEIGHTS, Manifest, describe
 from export.bindings import GRAPHS
 from export.checkpoint import Checkpoint
-from export.cli import progress, run, say
+from export.cli import Parser, progress, run, say
+from export.config import read_json
 from export.errors import UserError
 from export.trace import trace
 
@@ -40,14 +41,15 @@ def build(
     Raises UserError for a checkpoint or target that Tandem cannot build."""
     if target not in TARGETS:
         raise UserError(f"--target {target}: unknown; this version builds {', '.join(TARGETS)}")
-    if out.exists() and not (out / NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an engine directory; choose another --out or move it away")
+    out = out.resolve()  # the directory itself, not a link to it, is replaced
+    _check_replaceable(out)
     checkpoint = Checkpoint.open(model)
-    for note in checkpoint.notes:
-        say(note)
     limit = checkpoint.config.max_position_embeddings
     if capacity is not None and not 1 <= capacity <= limit:
         raise UserError(f"--capacity {capacity}: expected 1 to {limit} (the model's max_position_embeddings)")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for note in checkpoint.notes:
+        say(note)
     with _replaced(out) as directory:
         manifest = _fill(checkpoint, directory, target, capacity or limit, expanded)
         with _writing(directory / NAME):
@@ -101,6 +103,18 @@ def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, e
     )
 
 
+def _check_replaceable(out: Path) -> None:
+    """Raises UserError unless `out` is absent, an empty directory, or engines and nothing else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    found = read_json(out / NAME) if (out / NAME).is_file() else {}
+    files = found.get("files")
+    if not isinstance(files, dict) or "target" not in found:
+        raise UserError(f"{out}: exists and is not an engine directory; choose another --out or move it away")
+    if others := sorted({path.name for path in out.iterdir()} - {NAME, *files}):
+        raise UserError(f"{out}: holds {others[0]}, which is not of the engines; move it away or choose another --out")
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Path]:
     try:
@@ -113,7 +127,6 @@ def _writing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _replaced(out: Path) -> Iterator[Path]:
     """Yields a new directory that takes the place of `out` if the block succeeds and vanishes if it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     _recover(out)
     fresh = out.parent / f".{out.name}.new-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
@@ -123,7 +136,7 @@ def _replaced(out: Path) -> Iterator[Path]:
         yield fresh
         if out.exists():
             out.rename(old)
-        fresh.rename(out)
+        fresh.rename(out)  # an interrupt between the two ends in `finally`, which undoes the first
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
@@ -135,8 +148,8 @@ def _replaced(out: Path) -> Iterator[Path]:
 def _recover(out: Path) -> None:
     """What builds that were killed left behind: half-written engines go, engines that were set aside come back."""
     for kind in ("old", "new"):
-        for left in out.parent.glob(f".{out.name}.{kind}-*"):
-            if _is_alive(int(left.name.rpartition("-")[2])):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
+            if _is_another_build(left.name.rpartition("-")[2]):
                 continue
             if kind == "old" and not out.exists():
                 left.rename(out)
@@ -144,14 +157,15 @@ def _recover(out: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_another_build(pid: str) -> bool:
+    """Whether a process with this number runs; this one's own number is a coincidence."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
         return False
     except PermissionError:
         pass  # somebody else's
-    return True
+    return int(pid) != os.getpid()
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -159,7 +173,7 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m engines.build", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m engines.build", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint directory")
     parser.add_argument("--target", default="cpu", help=f"one of {', '.join(TARGETS)} (default cpu)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="engine directory (default build/<model>/<target>)")

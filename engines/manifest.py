@@ -79,8 +79,8 @@ class Manifest:
             raise UserError(f"{directory}: no such engine directory; make it with `make engines MODEL=<checkpoint>`")
         if not (directory / NAME).is_file():
             raise UserError(f"{directory}: not an engine directory (no {NAME}); make one with `make engines MODEL=…`")
-        values = read_json(directory / NAME)
         rebuild = "build the engines again with `make engines`"
+        values = read_json(directory / NAME, rebuild)
         if values.get("version") != VERSION:
             raise UserError(
                 f"{directory / NAME}: written by Tandem {values.get('version')}, this is {VERSION}; {rebuild}"

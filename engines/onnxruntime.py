@@ -19,6 +19,8 @@ from engines.manifest import Manifest
 from export.bindings import input_specs, output_specs, sized
 from export.errors import UserError
 
+MAX_THREADS = 1024
+
 
 class OnnxRuntimeEngine:
     """One engine directory, loaded. threads: ONNX Runtime's intra-op threads, 0 for one per core."""
@@ -28,6 +30,8 @@ class OnnxRuntimeEngine:
         if self.manifest.target != "cpu":
             raise UserError(f"{directory}: engines for {self.manifest.target}, this runs the cpu target only")
         self.config = self.manifest.config
+        if not 0 <= threads <= MAX_THREADS:
+            raise UserError(f"--threads {threads}: expected 0 (one per core) to {MAX_THREADS}")
         self.directory, self.threads = directory, threads
         self.sessions: dict[str, Any] = {}
         self.capacity = self.window = 0
@@ -48,12 +52,18 @@ class OnnxRuntimeEngine:
             options.add_session_config_entry("session.force_spinning_stop", "1")
             # Folding the unpacking of the weights is what makes them float32 once, at load, instead of in each call.
             disabled = [] if self.manifest.expanded else ["ConstantFolding"]
-            self.sessions[graph] = onnxruntime.InferenceSession(
-                str(self.directory / f"{graph}.onnx"),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=disabled,
-            )
+            path = self.directory / f"{graph}.onnx"
+            try:
+                session = onnxruntime.InferenceSession(
+                    str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+                )
+            except Exception as error:  # ONNX Runtime's exceptions share no base but this
+                reason = str(error).strip().split("\n")[0]
+                raise UserError(f"{path}: ONNX Runtime cannot load it ({reason}); build the engines again") from None
+            found = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
+            if found != (list(input_specs(graph, self.config)), list(output_specs(graph, self.config))):
+                raise UserError(f"{path}: its inputs and outputs are not those of {graph}; build the engines again")
+            self.sessions[graph] = session
         return self.sessions[graph]
 
     def start(self, capacity: int, window: int) -> None:

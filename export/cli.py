@@ -5,6 +5,7 @@ run(main)        # in a module's `if __name__ == "__main__"`
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -17,9 +18,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from export.errors import UserError
 
 
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are a UserError, like everything else that the user can mend."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the arguments")
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command: a UserError, or a file that cannot be read or written, is one line and status 2."""
     try:
+        if sys.stdout is None:
+            raise UserError("stdout is closed; send it to a file or to /dev/null")
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -30,6 +41,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(141)
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the space", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:
+        print(f"error: not enough memory ({error}); ask for fewer tokens", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -147,20 +147,20 @@ class ModelConfig:
         return cls(**kwargs)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, mend: str = "download it again") -> dict[str, Any]:
     """A JSON object from a file of the checkpoint, or a UserError that names the file."""
     try:
         text = path.read_bytes().decode("utf-8")
         value = json.loads(text)
     except FileNotFoundError:
-        mend = "point at the directory of a Hugging Face checkpoint, with config.json in it"
-        raise UserError(f"{path}: no such file; {mend}") from None
+        where = "point at the directory of a Hugging Face checkpoint, with config.json in it"
+        raise UserError(f"{path}: no such file; {where}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download it again") from None
+        raise UserError(f"{path}: not JSON ({error}); {mend}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object but a {type(value).__name__}; download it again")
+        raise UserError(f"{path}: not a JSON object but a {type(value).__name__}; {mend}")
     return value
 
 

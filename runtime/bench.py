@@ -8,7 +8,6 @@ repeats. Decoding only: prefill is timed apart. The last line of stdout is one J
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import inspect
@@ -23,7 +22,7 @@ from typing import Any
 
 from engines.manifest import WEIGHTS
 from engines.onnxruntime import OnnxRuntimeEngine
-from export.cli import run, say
+from export.cli import Parser, run, say
 from export.config import read_json
 from export.errors import UserError
 from runtime.decode import DEMO, summary
@@ -208,7 +207,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m runtime.bench", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m runtime.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--engines", type=Path, default=DEMO, metavar="DIR")
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="its checkpoint: also times transformers and the build"

@@ -13,13 +13,14 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from engines.onnxruntime import OnnxRuntimeEngine
-from export.cli import progress, run, say
+from export.cli import Parser, progress, run, say
 from export.errors import UserError
 from runtime.rounds import PREFILL_CHUNK, Round, check_request, generate
 from runtime.sampling import Sampler, SamplingConfig
@@ -29,7 +30,7 @@ DEMO = Path("build/demo/cpu")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m runtime.decode", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m runtime.decode", description=__doc__.split("\n")[0])
     parser.add_argument("--engines", type=Path, default=DEMO, metavar="DIR", help=f"engine directory (default {DEMO})")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT")
@@ -50,18 +51,28 @@ def parse() -> argparse.Namespace:
 
 def read_prompt(options: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
     if options.token_ids is not None:
-        try:
-            return [int(word) for word in options.token_ids.replace(",", " ").split()]
-        except ValueError as error:
-            raise UserError(f"--token-ids: expected integers ({error})") from None
+        words = options.token_ids.replace(",", " ").split()
+        if wrong := [word for word in words if not re.fullmatch(r"-?[0-9]{1,18}", word)]:
+            raise UserError(f"--token-ids: {wrong[0]!r} is no token id; expected integers")
+        return [int(word) for word in words]
     text = options.prompt
     if text is None:
         try:
-            text = options.prompt_file.read_text(encoding="utf-8")
+            text = options.prompt_file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{options.prompt_file}: not UTF-8 text ({error.reason}); convert it") from None
     assert tokenizer is not None
     return tokenizer.encode(text)
+
+
+def open_trace(options: argparse.Namespace) -> TextIO:
+    """The trace file, opened before anything is decoded; never one of the files that are read."""
+    path = options.trace.resolve()
+    if path.is_relative_to(options.engines.resolve()) or (
+        options.prompt_file and path == options.prompt_file.resolve()
+    ):
+        raise UserError(f"--trace {options.trace}: would overwrite what is read; choose another file")
+    return options.trace.open("w")
 
 
 def summary(rounds: list[Round], text: str | None) -> dict[str, Any]:
@@ -111,12 +122,14 @@ def main() -> None:
     config = engine.manifest.config
     stop_ids = () if options.ignore_eos else config.eos_token_id
     rounds: list[Round] = []
-    if options.trace:
-        options.trace.touch()  # a path that cannot be written is an error now, not after the text
+    trace = open_trace(options) if options.trace else None
 
     def tokens(update: Any) -> Iterator[int]:
         for r in generate(engine, prompt, options.max_new_tokens, options.mtp_k, sampler, stop_ids, update):
             rounds.append(r)
+            if trace and len(rounds) > 1:
+                keys = ("position", "drafts", "accepted", "tokens")
+                print(json.dumps({key: getattr(r, key) for key in keys}), file=trace, flush=True)
             yield from r.tokens
 
     long = progress(f"prefill of {len(prompt)} tokens") if len(prompt) > PREFILL_CHUNK else contextlib.nullcontext()
@@ -131,10 +144,6 @@ def main() -> None:
         sys.stdout.flush()
     sys.stdout.write("\n")
     result = summary(rounds, "".join(pieces) if tokenizer else None)
-    if options.trace:
-        keys = ("position", "drafts", "accepted", "tokens")
-        lines = [json.dumps({key: getattr(r, key) for key in keys}) for r in rounds[1:]]
-        options.trace.write_text("".join(f"{line}\n" for line in lines))
     report(result, len(prompt), rounds)
     if options.json:
         print(json.dumps(result))

@@ -92,9 +92,12 @@ class Sampler:
         self.config = config
 
     def sample(self, logits: Floats, position: int) -> int:
-        """logits float32 [V] of the token that will stand at `position` -> its id."""
+        """logits float32 [V] of the token that will stand at `position` -> its id. Raises UserError: not finite."""
+        best = int(logits.argmax())
+        if not np.isfinite(logits[best]):
+            raise UserError("the logits are not finite: the checkpoint holds NaN or infinity; download it again")
         if self.config.temperature == 0:
-            return int(logits.argmax())
+            return best
         scaled = logits / np.float32(self.config.temperature)
         entries = self._survivors(scaled)
         if 4 * len(entries) < len(scaled):

@@ -21,8 +21,10 @@ from typing import Any
 
 import pytest
 import tokenizers
+from safetensors.torch import load_file, save_file
 
 from engines.build import _replaced
+from engines.manifest import Manifest, describe
 from tests import full_size
 from tests.checkpoints import random_state, tiny_config, write_checkpoint
 from tests.conftest import Build, Built
@@ -164,8 +166,43 @@ def test_bad_requests_are_one_line(built: Built, spoken: Path, tmp_path: Path) -
     refused(decode(spoken, "--prompt-file", tmp_path / "missing"), tmp_path / "missing")
     refused(decode(spoken, "--prompt", "a", "--trace", tmp_path / "no" / "trace"), tmp_path / "no" / "trace")
     refused(decode(spoken, "--prompt", b"\xff".decode(errors="surrogateescape")), "UTF-8")
-    result = decode(spoken, "--prompt", "a", "--no-such-flag")
-    assert result.returncode == 2 and "--no-such-flag" in result.stderr
+    refused(decode(spoken, "--prompt", "a", "--no-such-flag"), "--no-such-flag")
+    for flags in (("--threads", 99999), ("--threads", -1), ("--seed", "1e3"), ("--temperature", 1e-300)):
+        refused(decode(spoken, "--prompt", "a", *flags), flags[0])
+    refused(decode(spoken, "--token-ids", "1_0"), "1_0")
+
+
+def test_trace_never_overwrites_what_is_read(spoken: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("abc")
+    flags = ("--prompt-file", tmp_path / "prompt", "--trace")
+    refused(decode(spoken, *flags, tmp_path / "prompt"), "--trace")
+    refused(decode(spoken, *flags, spoken / "main.verify.onnx"), "--trace")
+    assert (tmp_path / "prompt").read_text() == "abc"
+    assert decode(spoken, "--token-ids", "1", "--max-new-tokens", 2).returncode == 0
+
+
+def test_weights_that_are_no_numbers(build_engine: Build, tmp_path: Path) -> None:
+    shutil.copytree(build_engine(vocab_size=24).checkpoint, tmp_path / "checkpoint")
+    shard = tmp_path / "checkpoint" / "model.safetensors"
+    state = load_file(shard)
+    state["model.language_model.norm.weight"][3] = float("nan")
+    save_file(state, shard)
+    assert run("engines.build", "--model", tmp_path / "checkpoint", "--out", tmp_path / "engines").returncode == 0
+    refused(decode(tmp_path / "engines", "--token-ids", "1"), "NaN")
+
+
+def test_graph_that_is_not_what_it_should_be(built: Built, tmp_path: Path) -> None:
+    for spoiled in (b"", (built.directory / "main.prefill.onnx").read_bytes()):
+        copy = tmp_path / str(len(spoiled))
+        shutil.copytree(built.directory, copy)
+        (copy / "main.verify.onnx").write_bytes(spoiled)
+        manifest = Manifest(**{**vars(built.engine().manifest), "files": describe_all(copy)})
+        manifest.write(copy)
+        refused(decode(copy, "--token-ids", "1"), "main.verify.onnx")
+
+
+def describe_all(directory: Path) -> dict[str, dict[str, Any]]:
+    return describe(path for path in directory.iterdir() if path.name != "manifest.json")
 
 
 def test_no_head_refuses_drafts(build_engine: Build) -> None:
@@ -208,6 +245,8 @@ def test_unknown_target_and_model(tmp_path: Path) -> None:
     (tmp_path / "precious" / "file").write_text("mine")
     config = tiny_config()
     write_checkpoint(tmp_path / "model", config, random_state(config))
+    refused(run("engines.build", "--model", tmp_path / "model", "--out", tmp_path / "precious"), "precious")
+    (tmp_path / "precious" / "manifest.json").write_text('{"name": "somebody else\'s"}')
     refused(run("engines.build", "--model", tmp_path / "model", "--out", tmp_path / "precious"), "precious")
     assert (tmp_path / "precious" / "file").read_text() == "mine"
     refused(
@@ -287,6 +326,13 @@ def limited(result: Path, size: int) -> list[str]:
     ignore = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     code = f"{limit}{ignore} from engines.build import main; from export.cli import run; run(main)"
     return [sys.executable, "-c", code, "--model", str(result / "checkpoint"), "--out", str(result / "engines")]
+
+
+def test_files_added_to_the_engines_are_not_lost(built: Built, tmp_path: Path) -> None:
+    copy_with_engines(built, tmp_path)
+    (tmp_path / "engines" / "notes.txt").write_text("mine")
+    refused(run("engines.build", "--model", tmp_path / "checkpoint", "--out", tmp_path / "engines"), "notes.txt")
+    assert (tmp_path / "engines" / "notes.txt").read_text() == "mine"
 
 
 def copy_with_engines(built: Built, root: Path) -> bytes:
