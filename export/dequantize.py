@@ -16,7 +16,8 @@ from plugins import nvfp4
 
 
 def dequantize(weights_file: Path, formats: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Every tensor in float32 under its Hugging Face name (`model.` prefix, experts stacked)."""
+    """Every tensor in float32 under its Hugging Face name (`model.` prefix, experts stacked; of Qwen3-Next, whose files
+    fuse the GDN projections, under the names of Qwen3.5)."""
     weights, state = load_weights(weights_file), {}
     quantized = {name for name, kind in formats.items() if kind != "float"}
     for name, tensor in weights.items():
