@@ -63,7 +63,9 @@ class Reference:
         rows = x.shape[1]
         positions = torch.arange(rows)[None]
         mask = torch.full((rows, rows), float("-inf")).triu(1)[None, None]
-        rotary = self.model.model.rotary_emb(x, positions)
+        # Qwen3.5 counts positions on three axes, for text three times the same; older transformers want all three.
+        axes = positions.expand(3, 1, rows) if "mrope_section" in self.text.rope_parameters else positions
+        rotary = self.model.model.rotary_emb(x, axes)
         x = self.layer(x, position_embeddings=rotary, attention_mask=mask, position_ids=positions)
         return self.norms["norm"](x[0] if isinstance(x, tuple) else x)[0]
 
