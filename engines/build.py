@@ -107,7 +107,7 @@ def _check_replaceable(out: Path) -> None:
     """Raises UserError unless `out` is absent, an empty directory, or engines and nothing else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    found = read_json(out / NAME) if (out / NAME).is_file() else {}
+    found = read_json(out / NAME, "move the directory away or choose another --out") if (out / NAME).is_file() else {}
     files = found.get("files")
     if not isinstance(files, dict) or "target" not in found:
         raise UserError(f"{out}: exists and is not an engine directory; choose another --out or move it away")

@@ -56,9 +56,9 @@ class Bench:
         for prompt in self.prompts:
             rounds = list(generate(self.engine, prompt, self.count, mtp_k, sampler, self.stop_ids, drafter=drafter))
             offered = [sum(len(r.drafts) > i for r in rounds) for i in range(mtp_k)]
-            results.append((summary(rounds, None), offered))
+            results.append((summary(rounds, mtp_k, None), offered))
         emitted = sum(len(r["token_ids"]) - 1 for r, _ in results)
-        accepted = [sum(sum(r["accepted_per_position"][i : i + 1]) for r, _ in results) for i in range(mtp_k)]
+        accepted = [sum(r["accepted_per_position"][i] for r, _ in results) for i in range(mtp_k)]
         offers = [sum(offered[i] for _, offered in results) for i in range(mtp_k)]
         return {
             "tokens_per_second": emitted / sum(r["decode_seconds"] for r, _ in results),

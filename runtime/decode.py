@@ -75,11 +75,10 @@ def open_trace(options: argparse.Namespace) -> TextIO:
     return options.trace.open("w")
 
 
-def summary(rounds: list[Round], text: str | None) -> dict[str, Any]:
+def summary(rounds: list[Round], mtp_k: int, text: str | None) -> dict[str, Any]:
     """What --json prints. The prefill round emits a token but counts neither as a round nor as decoding time."""
     prefill, decode = rounds[0], rounds[1:]
     seconds = sum(r.seconds for r in decode)
-    drafts = max((len(r.drafts) for r in decode), default=0)
     emitted = sum(len(r.tokens) for r in decode)
     return {
         "token_ids": [token for r in rounds for token in r.tokens],
@@ -87,7 +86,7 @@ def summary(rounds: list[Round], text: str | None) -> dict[str, Any]:
         "rounds": len(decode),
         "drafted": sum(len(r.drafts) for r in decode),
         "accepted": sum(r.accepted for r in decode),
-        "accepted_per_position": [sum(r.accepted > i for r in decode) for i in range(drafts)],
+        "accepted_per_position": [sum(r.accepted > i for r in decode) for i in range(mtp_k)],
         "tokens_per_round": emitted / len(decode) if decode else 0.0,
         "prefill_seconds": prefill.seconds,
         "decode_seconds": seconds,
@@ -97,7 +96,8 @@ def summary(rounds: list[Round], text: str | None) -> dict[str, Any]:
 
 def report(result: dict[str, Any], prompt_tokens: int, rounds: list[Round]) -> None:
     drafted = [sum(len(r.drafts) > i for r in rounds) for i in range(len(result["accepted_per_position"]))]
-    rates = [f"{n / of:.0%}" for n, of in zip(result["accepted_per_position"], drafted, strict=True)]
+    pairs = zip(result["accepted_per_position"], drafted, strict=True)
+    rates = [f"{accepted / offered:.0%}" for accepted, offered in pairs if offered]
     say(f"prompt   {prompt_tokens} tokens, {prompt_tokens / result['prefill_seconds']:.0f} tokens/s")
     say(
         f"decode   {len(result['token_ids'])} tokens, {result['tokens_per_second']:.0f} tokens/s, "
@@ -143,7 +143,7 @@ def main() -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    result = summary(rounds, "".join(pieces) if tokenizer else None)
+    result = summary(rounds, options.mtp_k, "".join(pieces) if tokenizer else None)
     report(result, len(prompt), rounds)
     if options.json:
         print(json.dumps(result))
