@@ -140,13 +140,12 @@ class Attention(nn.Module):
         k, v = self.get_submodule("k_proj")(x), self.get_submodule("v_proj")(x)
         return KV_APPEND(k, v, self.k_norm.weight, position, kv_cache, **self.attributes)
 
-    def forward(self, x: Tensor, position: Tensor, kv_cache: Tensor, prefill: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position: Tensor, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         y, kv_cache = GATED_ATTENTION(
             *(self.get_submodule(f"{part}_proj")(x) for part in "qkv"),
             *(self.q_norm.weight, self.k_norm.weight, position, kv_cache),
             **self.attributes,
             num_heads=self.num_heads,
-            prefill=int(prefill),
         )
         return self.get_submodule("o_proj")(y), kv_cache
 
@@ -215,7 +214,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         normed = self.input_layernorm(x)
         if self.kind == FULL:
-            mixed, cache = self.self_attn(normed, position, state[0], prefill)
+            mixed, cache = self.self_attn(normed, position, state[0])
             next_state = [cache]
         else:
             mixed, next_state = self.linear_attn(normed, accepted, state, prefill)

@@ -25,10 +25,15 @@ from tests.test_model import GREEDY, prompt_of, tokens_of
 LIVELY = {"vocab_size": 24}  # few enough words that the random head is right now and then
 
 
-@pytest.fixture(scope="module", params=[(True, 1), (True, 2), (False, 1)], ids=["expanded", "two-threads", "packed"])
+@pytest.fixture(
+    scope="module",
+    params=[(True, 1, 4), (True, 2, 4), (False, 1, 4), (True, 1, 2)],
+    ids=["expanded", "two-threads", "packed", "one-query-a-head"],
+)
 def engine(request, build_engine):  # type: ignore[no-untyped-def]
-    expanded, threads = request.param
-    return build_engine("modelopt_mixed", expanded, **LIVELY).engine(threads)
+    expanded, threads, heads = request.param
+    seed = 0 if heads == 4 else 2  # one of the seeds of which the random head is right now and then
+    return build_engine("modelopt_mixed", expanded, seed=seed, num_attention_heads=heads, **LIVELY).engine(threads)
 
 
 @given(

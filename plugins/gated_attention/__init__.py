@@ -9,8 +9,8 @@ read. `KvAppend` is the same without the queries: what the MTP head needs of a p
 
 Shapes: q_gate [T, Hq 2D] (per head: D of q, D of gate), k and v [T, Hkv D], q_norm and k_norm [D] (zero-centred),
 position int64 [1], kv_cache [2, Hkv, S, D] (keys, then values), S a multiple of 64, y [T, Hq D]. Float32.
-`prefill` chooses the arrangement, not the result: 0 gives every row products of its own, so that its bits do not
-depend on T; 1 shares them between rows, which is faster for many.
+A row's bits do not depend on T: the rows of a KV head's queries go through one product, which takes another kernel for
+a single row only, so where a head has one query a row is added.
 """
 
 from collections.abc import Iterator
@@ -120,21 +120,22 @@ def append_body(attributes: Attributes) -> str:
         next_kv_cache = TensorScatter <axis = -2> (kv_cache, kv, slots)"""
 
 
+def product(out: str, op: str, a: str, b: str, group: int) -> str:
+    """Body statements: out = op(a, b) for a [Hkv, T * group, ...], never on a single row."""
+    if group > 1:
+        return f"{out} = {op} ({a}, {b})"
+    return f"""
+        {ints(f"{out}_last", -1)}
+        {out}_pad = Slice ({a}, zero, one, one)
+        {out}_padded = Concat <axis = 1> ({a}, {out}_pad)
+        {out}_all = {op} ({out}_padded, {b})
+        {out} = Slice ({out}_all, zero, {out}_last, one)"""
+
+
 def attention_body(attributes: Attributes, expanded: bool) -> str:
     heads, kv_heads, dim = attributes["num_heads"], attributes["num_kv_heads"], attributes["head_dim"]
-    if attributes["prefill"]:
-        arrange = """q_grouped0 = Reshape (q_turned, q_groups)
-        q_grouped = Transpose <perm = [1, 2, 0, 3]> (q_grouped0)
-        keys = Unsqueeze (keys3, one)
-        values = Unsqueeze (values3, one)
-        bias = Identity (bias2)"""
-        gather = "out = Transpose <perm = [2, 0, 1, 3]> (mixed)"
-    else:
-        arrange = """q_grouped = Reshape (q_turned, q_groups)
-        keys = Identity (keys3)
-        values = Identity (values3)
-        bias = Unsqueeze (bias2, middle)"""
-        gather = "out = Identity (mixed)"
+    group = heads // kv_heads
+    scaled_product = f"com.microsoft.FusedMatMul <transB = 1, alpha = {number(dim**-0.5)}>"
     return f"""
         {append_body(attributes)}
         {ints("q_heads", 0, heads, 2 * dim)}
@@ -148,15 +149,19 @@ def attention_body(attributes: Attributes, expanded: bool) -> str:
         {ints("block_less_one", BLOCK - 1)}
         {ints("block", BLOCK)}
         {ints("two", 2)}
-        {ints("middle", 1, 2)}
+        {ints("kv_axes", 0, 2)}
         end = Add (position, rows)
         end_up = Add (end, block_less_one)
         blocks = Div (end_up, block)
         whole = Mul (blocks, block)
-        seen = Slice (next_kv_cache, zero, whole, two)
-        keys4, values4 = Split <axis = 0, num_outputs = 2> (seen)
-        keys3 = Squeeze (keys4, zero)
-        values3 = Squeeze (values4, zero)
+        keys_from = Concat <axis = 0> (zero, zero)
+        keys_to = Concat <axis = 0> (one, whole)
+        values_from = Concat <axis = 0> (one, zero)
+        values_to = Concat <axis = 0> (two, whole)
+        keys4 = Slice (next_kv_cache, keys_from, keys_to, kv_axes)
+        values4 = Slice (next_kv_cache, values_from, values_to, kv_axes)
+        keys = Squeeze (keys4, zero)
+        values = Squeeze (values4, zero)
         whole_count = Squeeze (whole, zero)
         column = Range (scalar_zero, whole_count, scalar_one)
         position_rows = Unsqueeze (row_position, one)
@@ -164,15 +169,30 @@ def attention_body(attributes: Attributes, expanded: bool) -> str:
         allowed = Constant <value_float = 0.0> ()
         forbidden = Constant <value_float = -3e38> ()
         bias2 = Where (visible, allowed, forbidden)
-        {ints("q_groups", -1, kv_heads, heads // kv_heads, dim)}
-        {arrange}
-        scores = com.microsoft.FusedMatMul <transB = 1, alpha = {number(dim**-0.5)}> (q_grouped, keys)
-        masked = Add (scores, bias)
-        weights = Softmax <axis = -1> (masked)
-        mixed = MatMul (weights, values)
-        {gather}
-        {ints("y_heads", 0, heads, dim)}
-        out_heads = Reshape (out, y_heads)
+        bias = Unsqueeze (bias2, one)
+        {ints("q_groups", -1, kv_heads, group * dim)}
+        q_grouped = Reshape (q_turned, q_groups)
+        q_by_head = Transpose <perm = [1, 0, 2]> (q_grouped)
+        {ints("by_head", kv_heads, -1, dim)}
+        queries = Reshape (q_by_head, by_head)
+        {product("scores", scaled_product, "queries", "keys", group)}
+        row_total = Reshape (rows, one)
+        {ints("head_count", kv_heads)}
+        {ints("group_count", group)}
+        {ints("rest", -1)}
+        scores_shape = Concat <axis = 0> (head_count, row_total, group_count, rest)
+        scores4 = Reshape (scores, scores_shape)
+        masked = Add (scores4, bias)
+        weights4 = Softmax <axis = -1> (masked)
+        {ints("weights_rows", kv_heads, -1)}
+        weights_shape = Concat <axis = 0> (weights_rows, whole)
+        weights = Reshape (weights4, weights_shape)
+        {product("mixed", "MatMul", "weights", "values", group)}
+        {ints("mixed_heads", kv_heads, -1, group * dim)}
+        mixed_rows = Reshape (mixed, mixed_heads)
+        out = Transpose <perm = [1, 0, 2]> (mixed_rows)
+        {ints("y_split", -1, heads, dim)}
+        out_heads = Reshape (out, y_split)
         gate_sigmoid = Sigmoid (gate)
         gated = Mul (out_heads, gate_sigmoid)
         {ints("y_flat", 0, heads * dim)}
@@ -182,19 +202,13 @@ def attention_body(attributes: Attributes, expanded: bool) -> str:
 def append_cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
     for inputs, attributes in attention_cases(generator, rows):
         _, k, v, _, *rest = inputs
-        del attributes["num_heads"], attributes["prefill"]
+        del attributes["num_heads"]
         yield (k, v, *rest), attributes
 
 
 def attention_cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
-    shapes = [
-        (4, 2, 16, 8, 0, 0),
-        (2, 2, 32, 8, 61, 0),
-        (6, 2, 16, 16, 126, 0),
-        (4, 2, 16, 4, 63, 1),
-        (3, 1, 32, 32, 0, 1),
-    ]
-    for heads, kv_heads, dim, rotary_dim, position, prefill in shapes:
+    shapes = [(4, 2, 16, 8, 0), (2, 2, 32, 8, 61), (6, 2, 16, 16, 126), (4, 2, 16, 4, 63), (3, 1, 32, 32, 0)]
+    for heads, kv_heads, dim, rotary_dim, position in shapes:
         capacity = (position + rows + BLOCK) // BLOCK * BLOCK + BLOCK
         inputs = (
             torch.randn(rows, heads * 2 * dim, generator=generator),
@@ -206,14 +220,14 @@ def attention_cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
             torch.randn(2, kv_heads, capacity, dim, generator=generator),
         )
         attributes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "rotary_dim": rotary_dim}
-        yield inputs, {**attributes, "rope_theta": 1e7, "epsilon": 1e-6, "prefill": prefill}
+        yield inputs, {**attributes, "rope_theta": 1e7, "epsilon": 1e-6}
 
 
 GATED_ATTENTION = Op(
     name="GatedAttention",
     inputs=("q_gate", "k", "v", "q_norm", "k_norm", "position", "kv_cache"),
     outputs=("y", "next_kv_cache"),
-    attributes=(*ATTRIBUTES, "prefill"),
+    attributes=ATTRIBUTES,
     weights=("q_norm", "k_norm"),
     reference=attention_reference,
     infer=infer_attention,
