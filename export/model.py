@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from export.bindings import CACHE_BLOCK, GRAPHS, input_specs
 from export.config import FULL, ModelConfig
+from export.weights import DTYPES
 from plugins.gated_attention import BLOCK, GATED_ATTENTION, KV_APPEND
 from plugins.gated_delta_net import GATED_DELTA_NET_PREFILL, GATED_DELTA_NET_VERIFY
 from plugins.linear import FLOAT_LINEAR, FP8_LINEAR, NVFP4_LINEAR
@@ -25,13 +26,6 @@ from plugins.moe_experts import FLOAT_MOE_EXPERTS, NVFP4_MOE_EXPERTS
 from plugins.moe_routing import MOE_ROUTING
 from plugins.rms_norm import RMS_NORM
 
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.uint8,
-}
 State = dict[str, Tensor]
 assert CACHE_BLOCK == BLOCK
 
@@ -46,7 +40,7 @@ class Weights:
         spec = self.tensors[name]
         # NVFP4's E4M3 block scales travel as bytes: see plugins/nvfp4.py.
         is_block_scale = name.endswith("weight_scale") and spec.dtype == "F8_E4M3"
-        dtype = torch.uint8 if is_block_scale else DTYPES[spec.dtype]
+        dtype = torch.uint8 if is_block_scale else DTYPES[spec.dtype][1]
         return nn.Parameter(torch.empty(spec.shape, dtype=dtype, device=self.device), requires_grad=False)
 
 
@@ -207,7 +201,8 @@ class Layer(nn.Module):
             self.self_attn = Attention(config, weights, f"{name}.self_attn")
         else:
             self.linear_attn = GatedDeltaNet(config, weights, f"{name}.linear_attn")
-        self.mlp = (MixtureOfExperts if config.is_moe else _Dense)(config, weights, f"{name}.mlp")
+        mlp = f"{name}.mlp"
+        self.mlp = MixtureOfExperts(config, weights, mlp) if config.is_moe else SwiGlu(weights, mlp)
 
     def forward(
         self, x: Tensor, position: Tensor, accepted: Tensor, state: list[Tensor], prefill: bool
@@ -220,11 +215,6 @@ class Layer(nn.Module):
             mixed, next_state = self.linear_attn(normed, accepted, state, prefill)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), next_state
-
-
-class _Dense(SwiGlu):
-    def __init__(self, config: ModelConfig, weights: Weights, name: str) -> None:
-        super().__init__(weights, name)
 
 
 class AppendLayer(nn.Module):

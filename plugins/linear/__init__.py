@@ -14,16 +14,21 @@ from plugins import nvfp4
 from plugins.op import Attributes, Case, Op, ints
 
 
+def add_row() -> str:
+    """Body statements: x_padded = x and one row more; `first`, `second` and `last` are left defined."""
+    return f"""{ints("first", 0)}
+        {ints("second", 1)}
+        {ints("last", -1)}
+        pad = Slice (x, first, second, first)
+        x_padded = Concat <axis = 0> (x, pad)"""
+
+
 def product(expanded: bool) -> str:
     """Body statements: y = x wᵀ with w float32 [N, K], each row's bits independent of the number of rows."""
     if expanded:
         return "y = Gemm <transB = 1> (x, w)"
     return f"""
-        {ints("first", 0)}
-        {ints("second", 1)}
-        {ints("last", -1)}
-        pad = Slice (x, first, second, first)
-        x_padded = Concat <axis = 0> (x, pad)
+        {add_row()}
         y_padded = Gemm <transB = 1> (x_padded, w)
         y = Slice (y_padded, first, last, first)"""
 

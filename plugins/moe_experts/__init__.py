@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import silu
 
 from plugins import nvfp4
-from plugins.linear import random_nvfp4
+from plugins.linear import add_row, random_nvfp4
 from plugins.op import Attributes, Case, Op, ints
 
 Weights = tuple[torch.Tensor, ...]
@@ -103,11 +103,7 @@ def dense_body(attributes: Attributes, unpack: str) -> str:
 def loop_body(attributes: Attributes, unpack: str) -> str:
     """unpack: statements that define w_gate_up [2I, H] and w_down [H, I] of expert `e`."""
     return f"""
-        {ints("first", 0)}
-        {ints("second", 1)}
-        {ints("last", -1)}
-        pad = Slice (x, first, second, first)
-        x_padded = Concat <axis = 0> (x, pad)
+        {add_row()}
         shape = Shape (x)
         nothing = ConstantOfShape (shape)
         always = Constant <value = bool {{1}}> ()
