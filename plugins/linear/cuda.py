@@ -1,0 +1,150 @@
+"""Linear layers of 1..8 rows on a GPU: the ctypes mirrors of the kernels' structures, and their launcher.
+
+    kernels = LinearDecode(Module(cached_kernels(SOURCE, "sm_90", {"NUM_EXPERTS": 256, "TOP_K": 8})), multiprocessors=132)
+    kernels.linear(Input(x=…, k=2048, rows=3, …), [Segment(weight=…, n=8192, …)], stream)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int, c_void_p
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).parent / "decode.cu"
+FORMATS = {"float": 0, "fp8": 1, "nvfp4": 2}  # enum Format; "float" is bfloat16 on a GPU
+BYTES = {0: 2.0, 1: 1.0, 2: 0.5}  # per weight
+STORE, ADD, SWIGLU = range(3)  # enum Epilogue
+PACK, PACK_NVFP4 = 1, 2  # Segment.pack
+MAX_SEGMENTS, MAX_ROWS, TILE, WARPS, STEP = 4, 8, 16, 8, 64
+# (64-byte steps per warp) -> blocks that a multiprocessor holds; the launch bounds of the kernels
+RESIDENT = {2: 2, 4: 2, 8: 1}
+
+
+class Segment(Structure):
+    """One weight matrix of a launch. Pointers are device addresses; see segment.cuh for the fields."""
+
+    _fields_ = [
+        ("weight", c_void_p),
+        ("weight_up", c_void_p),
+        ("scale", c_void_p),
+        ("scale_up", c_void_p),
+        ("scale_2", c_void_p),
+        ("scale_2_up", c_void_p),
+        ("out", c_void_p),
+        ("out_stride", c_int),
+        ("n", c_int),
+        ("format", c_int),
+        ("epilogue", c_int),
+        ("ring_mask", c_int),
+        ("precise", c_int),
+        ("pack", c_int),
+        ("padding", c_int),
+    ]
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // (TILE // 2 if self.epilogue == SWIGLU else TILE))
+
+
+class Segments(Structure):
+    _fields_ = [("segment", Segment * MAX_SEGMENTS), ("count", c_int), ("padding", c_int)]
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Segments:
+        assert 1 <= len(segments) <= MAX_SEGMENTS
+        value = cls(count=len(segments))
+        for i, segment in enumerate(segments):
+            ctypes.memmove(ctypes.addressof(value.segment[i]), ctypes.addressof(segment), ctypes.sizeof(Segment))
+        return value
+
+
+class Input(Structure):
+    """The rows that a launch multiplies and what stands before the product; see stage.cuh."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("norm_weight", c_void_p),
+        ("z", c_void_p),
+        ("position", c_void_p),
+        ("epsilon", c_float),
+        ("x_stride", c_int),
+        ("z_stride", c_int),
+        ("z_ring_mask", c_int),
+        ("head_dim", c_int),
+        ("k", c_int),
+        ("rows", c_int),
+        ("padding", c_int),
+    ]
+
+    @property
+    def staged_bytes(self) -> int:
+        """Shared memory that the staged rows take."""
+        return int(self.rows) * entries_bytes(self.k)
+
+
+class Routing(Structure):
+    _fields_ = [("logits", c_void_p), ("routing", c_void_p), ("counter", c_void_p)]
+
+
+class LinearArguments(Structure):
+    _fields_ = [
+        ("segments", Segments),
+        ("input", Input),
+        ("residual", c_void_p),
+        ("residual_row", c_void_p),
+        ("normed", c_void_p),
+        ("routing", Routing),
+    ]
+
+
+def entries_bytes(k: int) -> int:
+    """Shared memory of one staged row of k values (tile.cuh: entry_stride)."""
+    return (k // 4 + 1) * 16
+
+
+def routing_bytes(top_k: int) -> int:
+    """Size of `struct Routing` (plugins/moe_routing/routing.cuh)."""
+    items = MAX_ROWS * top_k
+    return 4 * (1 + items + items * MAX_ROWS + 2 * MAX_ROWS * top_k)
+
+
+def check_k(k: int, name: str) -> None:
+    """Raises ValueError: rows must start at multiples of 16 bytes in every format."""
+    if k % 32:
+        raise ValueError(f"{name}: {k} inputs per output; the cuda target needs a multiple of 32")
+
+
+def steps_for(k: int, format: int) -> int:
+    """Which kernel holds a row of k weights best: 64-byte steps per warp."""
+    needed = -(-int(k * BYTES[format]) // (WARPS * STEP))
+    return 2 if needed <= 2 else 4 if needed <= 4 else 8
+
+
+class LinearDecode:
+    """Macros of the module: NUM_EXPERTS and TOP_K, for the launches that route."""
+
+    def __init__(self, module: Any, multiprocessors: int) -> None:
+        self.module, self.multiprocessors = module, multiprocessors
+
+    def linear(
+        self,
+        given: Input,
+        segments: Sequence[Segment],
+        stream: int,
+        residual: int | None = None,
+        residual_row: int | None = None,
+        normed: int | None = None,
+        routing: Routing | None = None,
+    ) -> None:
+        """Multiplies the rows with every segment. residual: what ADD adds to, read from row *residual_row on.
+        normed: where the normed rows go, float32 [T, K]. routing: segment 0 holds router logits; choose experts."""
+        assert 1 <= given.rows <= MAX_ROWS
+        arguments = LinearArguments(Segments.of(segments), given, residual, residual_row, normed, routing or Routing())
+        largest = max(segments, key=lambda s: s.n * BYTES[s.format])
+        steps = steps_for(given.k, largest.format)
+        tiles = sum(s.tiles for s in segments)
+        grid = min(tiles, RESIDENT[steps] * self.multiprocessors)
+        kernel = self.module.kernel(f"linear_{steps}")
+        kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.staged_bytes)

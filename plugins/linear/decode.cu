@@ -1,0 +1,86 @@
+// Linear layers on 1..8 rows: several weight matrices of any format over one input, norms fused in front, residual,
+// SwiGLU or the choice of experts behind. Replaces FloatLinear, Fp8Linear, Nvfp4Linear, ZeroCenteredRmsNorm and
+// MoeRouting of plugins/ in a decoding step.
+//
+// A block stages the rows, then goes from tile to tile (16 weight rows); its warps share the tile's k. The weights of
+// the next tile are on their way while this one is multiplied, those of the first before the previous kernel has
+// ended.
+#include "linear/stage.cuh"
+#include "moe_routing/routing.cuh"
+
+struct LinearArguments {
+    Segments segments;
+    Input input;
+    const float* residual;    // ADD: out = residual + product, row (t + *residual_row)
+    const int* residual_row;  // null: 0
+    float* normed;            // null, or the staged input in float32, [T, K]: the norm's output
+    RoutingArguments routing; // routing.logits null: none
+};
+
+DEVICE int tiles_of(const Segment& s) { return s.epilogue == SWIGLU ? (s.n + 7) / 8 : (s.n + 15) / 16; }
+
+DEVICE Tile find_tile(const Segments& segments, int index, int k) {
+    int i = 0;
+    while (index >= tiles_of(segments.segment[i])) index -= tiles_of(segments.segment[i++]);
+    const Segment& s = segments.segment[i];
+    bool pair = s.epilogue == SWIGLU;
+    int g = (threadIdx.x & 31) >> 2, last = s.n - 1, first = index * (pair ? 8 : 16), bytes = bytes_of(k, s.format);
+    int64_t low = min(first + g, last), high = pair ? low : min(first + g + 8, last);
+    const uint8_t* other = pair ? s.weight_up : s.weight;
+    const uint8_t* other_scale = pair ? s.scale_up : s.scale;
+    RowPair rows = {s.weight + low * bytes, other + high * bytes, s.scale + low * (k / 16), other_scale + high * (k / 16)};
+    return {rows, bytes, s.format, first, i};
+}
+
+DEVICE void finish(const LinearArguments& a, const Shared& shared, const Tile& tile, int buffer) {
+    const Segment& s = a.segments.segment[tile.id];
+    bool pair = s.epilogue == SWIGLU;
+    int tile_row = threadIdx.x % (pair ? 8 : 16), row = threadIdx.x / (pair ? 8 : 16), n = tile.first + tile_row;
+    if (row >= a.input.rows || n >= s.n) return;
+    float factor = rms_factor(shared, a.input, row);
+    float y = sum_of_warps(shared, buffer, tile_row, row) * (factor * factor_of(s.format, s.scale_2));
+    if (pair) {
+        y = silu(y) * (sum_of_warps(shared, buffer, tile_row + 8, row) * (factor * factor_of(s.format, s.scale_2_up)));
+    }
+    if (s.epilogue == ADD) {
+        int from = a.residual_row ? row + __ldcg(a.residual_row) : row;
+        y += __ldcg(a.residual + (int64_t)from * s.out_stride + n);
+    }
+    int slot = s.ring_mask ? (__ldcg(a.input.position) + row) & s.ring_mask : row;
+    if (s.pack) put_value((uint4*)s.out + (int64_t)slot * (s.out_stride / 4), n, y, s.pack == 2);
+    else ((float*)s.out)[(int64_t)slot * s.out_stride + n] = y;
+}
+
+DEVICE void write_normed(const LinearArguments& a, const Shared& shared) {
+    const Input& in = a.input;
+    for (int i = threadIdx.x; i < in.rows * in.k; i += THREADS) {
+        int row = i / in.k, k = i % in.k;
+        float x = __ldcg(in.x + (int64_t)row * in.x_stride + k);
+        a.normed[i] = x * (1.f + in.norm_weight[k]) * rms_factor(shared, in, row);
+    }
+}
+
+template <int STEPS>
+DEVICE void linear(const LinearArguments& a) {
+    extern __shared__ uint4 shared_memory[];
+    __shared__ Shared shared;
+    auto total = [&] {
+        int tiles = 0;
+        for (int i = 0; i < a.segments.count; i++) tiles += tiles_of(a.segments.segment[i]);
+        return tiles;
+    };
+    auto find = [&](int index) { return find_tile(a.segments, index, a.input.k); };
+    auto started = [&] {
+        if (a.normed && blockIdx.x == 0) write_normed(a, shared);
+    };
+    auto done = [&](const Tile& tile, int buffer) {
+        finish(a, shared, tile, buffer);
+        if (a.routing.logits && tile.id == 0) route_when_last(a.routing, a.input.rows, tiles_of(a.segments.segment[0]));
+    };
+    go_through_tiles<STEPS, true>(a.input, shared_memory, shared, total, find, started, done);
+}
+
+// STEPS: 64-byte pieces of a row that a warp holds at a time.
+KERNEL __launch_bounds__(THREADS, 2) linear_2(const __grid_constant__ LinearArguments a) { linear<2>(a); }
+KERNEL __launch_bounds__(THREADS, 2) linear_4(const __grid_constant__ LinearArguments a) { linear<4>(a); }
+KERNEL __launch_bounds__(THREADS, 1) linear_8(const __grid_constant__ LinearArguments a) { linear<8>(a); }

@@ -1,0 +1,69 @@
+"""The routed experts and the shared one on 1..8 rows on a GPU: structures and launcher of decode.cu."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_int, c_void_p
+from pathlib import Path
+from typing import Any
+
+from plugins.linear.cuda import MAX_ROWS, RESIDENT, TILE, WARPS, Input, Segment, entries_bytes, steps_for
+
+SOURCE = Path(__file__).parent / "decode.cu"
+DOWN_WARPS = 16
+
+
+class UpArguments(Structure):
+    _fields_ = [
+        ("input", Input),
+        ("routing", c_void_p),
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("scale_2", c_void_p),
+        ("act", c_void_p),
+        ("format", c_int),
+        ("inner", c_int),
+    ]
+
+
+class DownArguments(Structure):
+    _fields_ = [
+        ("routing", c_void_p),
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("scale_2", c_void_p),
+        ("act", c_void_p),
+        ("shared", Segment),
+        ("shared_act", c_void_p),
+        ("shared_gate", c_void_p),
+        ("x", c_void_p),
+        ("format", c_int),
+        ("inner", c_int),
+        ("shared_inner", c_int),
+        ("hidden", c_int),
+        ("rows", c_int),
+        ("padding", c_int),
+    ]
+
+
+class ExpertsDecode:
+    """Macros of the module: NUM_EXPERTS and TOP_K."""
+
+    def __init__(self, module: Any, multiprocessors: int, num_experts: int, top_k: int) -> None:
+        self.module, self.multiprocessors = module, multiprocessors
+        self.num_experts, self.top_k = num_experts, top_k
+
+    def up(self, arguments: UpArguments, stream: int) -> None:
+        given = arguments.input
+        steps = steps_for(given.k, arguments.format)
+        most = min(given.rows * self.top_k, self.num_experts) * -(-arguments.inner // 8)
+        grid = min(most, RESIDENT[steps] * self.multiprocessors)
+        kernel = self.module.kernel(f"experts_up_{steps}")
+        kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.staged_bytes)
+
+    def down(self, arguments: DownArguments, stream: int) -> None:
+        rows, pairs = arguments.rows, arguments.rows * self.top_k
+        entries = pairs * entries_bytes(arguments.inner) + rows * entries_bytes(arguments.shared_inner)
+        parts = 4 * TILE * MAX_ROWS * (min(pairs, self.num_experts) + 1)
+        grid = -(-arguments.hidden // TILE)
+        kernel = self.module.kernel("experts_down")
+        kernel.launch((grid, 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=entries + parts)

@@ -1,0 +1,245 @@
+"""Linear layers and experts of 1..8 rows on a GPU (or emulated) against float64.
+
+Tolerance 2e-5 of the largest output: activations enter as two bfloat16 of 16 bits together (2^-17), sums are float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from plugins import nvfp4
+from plugins.linear import cuda as linear
+from plugins.linear.cuda import ADD, FORMATS, STORE, SWIGLU, Input, LinearDecode, Segment
+from plugins.moe_experts import cuda as experts
+from plugins.moe_experts.cuda import DownArguments, ExpertsDecode, UpArguments
+from tests.backends import BACKENDS, Backend
+
+RTOL = 2e-5
+MULTIPROCESSORS = 3  # few, so that blocks go through several tiles
+
+
+class Matrix:
+    """Random weights [*shape] of a format on the device, and the float64 matrix that they stand for."""
+
+    def __init__(self, backend: Backend, format: str, *shape: int) -> None:
+        self.format = FORMATS[format]
+        lead = shape[:-2]
+        if format == "float":
+            weight = torch.randn(*shape).bfloat16()
+            self.exact = weight.double()
+            stored = [weight.view(torch.int16)]
+        elif format == "fp8":
+            weight = (torch.randn(*shape) * 100).to(torch.float8_e4m3fn)
+            scale_2 = torch.rand((*lead, 1)) / 100
+            self.exact = weight.double() * scale_2.double()
+            stored = [weight.view(torch.uint8), torch.zeros(1), scale_2]
+        else:
+            codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
+            scale = (torch.rand(*shape[:-1], shape[-1] // 16) ** 8 * 448).to(torch.float8_e4m3fn).view(torch.uint8)
+            scale_2 = torch.rand(lead) / 100
+            self.exact = nvfp4.dequantize(codes, scale, scale_2[..., None].expand(shape[:-1])).double()
+            stored = [codes, scale, scale_2.reshape(-1)]
+        self.tensors = [backend.tensor(t) for t in stored]
+        self.pointers = [t.data_ptr() for t in self.tensors] + [None] * (3 - len(stored))
+
+
+def segment(matrix: Matrix, out: torch.Tensor, up: Matrix | None = None, **fields: Any) -> Segment:
+    weight, scale, scale_2 = matrix.pointers
+    others = dict(zip(("weight_up", "scale_up", "scale_2_up"), up.pointers, strict=True)) if up else {}
+    fields = {"out": out.data_ptr(), "out_stride": out.shape[-1], "n": len(matrix.exact), **others, **fields}
+    return Segment(weight=weight, scale=scale, scale_2=scale_2, format=matrix.format, **fields)
+
+
+def kernels(backend: Backend, num_experts: int = 16, top_k: int = 4) -> LinearDecode:
+    module = backend.module(linear.SOURCE, {"NUM_EXPERTS": num_experts, "TOP_K": top_k})
+    return LinearDecode(module, MULTIPROCESSORS)
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor, rtol: float = RTOL) -> None:
+    difference = (out.cpu().double() - expected).abs()
+    scale = expected.abs().max()
+    assert not difference.isnan().any()
+    assert difference.max() <= rtol * scale, f"largest {difference.max() / scale:.2e}, mean {difference.mean() / scale:.2e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("format", ["float", "fp8", "nvfp4"])
+@pytest.mark.parametrize(("k", "n"), [(32, 48), (96, 33), (640, 17), (2080, 1)])
+def test_a_product(backend: Backend, format: str, k: int, n: int) -> None:
+    matrix, rows = Matrix(backend, format, n, k), int(torch.randint(1, 9, ()))
+    x = torch.randn(rows, k)
+    out, given = backend.empty((rows, n), torch.float32), backend.tensor(x)
+    arguments = Input(x=given.data_ptr(), x_stride=k, k=k, rows=rows)
+    kernels(backend).linear(arguments, [segment(matrix, out)], backend.stream)
+    backend.sync()
+    assert_close(out, x.double() @ matrix.exact.T)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * (1 + weight.double())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm_residual_swiglu_ring_and_mixed_formats(backend: Backend) -> None:
+    k, rows, position = 288, 5, 14
+    x, weight = torch.randn(rows, k) * 30, torch.randn(k)
+    matrices = [Matrix(backend, f, n, k) for f, n in (("float", 19), ("fp8", 40), ("nvfp4", 24), ("nvfp4", 24))]
+    residual = torch.randn(rows, 40)
+    ring = backend.tensor(torch.full((16, 19), 7.0))
+    added, act = backend.tensor(residual), backend.empty((rows, 24), torch.float32)
+    tensors = [backend.tensor(t) for t in (x, weight, torch.tensor([position], dtype=torch.int32))]
+    normed = backend.empty((rows, k), torch.float32)
+    arguments = Input(
+        x=tensors[0].data_ptr(), norm_weight=tensors[1].data_ptr(), position=tensors[2].data_ptr(), epsilon=1e-6
+    )
+    arguments.x_stride = arguments.k = k
+    arguments.rows = rows
+    segments = [
+        segment(matrices[0], ring, ring_mask=15),
+        segment(matrices[1], added, epilogue=ADD),
+        segment(matrices[2], act, up=matrices[3], epilogue=SWIGLU),
+    ]
+    kernels(backend).linear(
+        arguments, segments, backend.stream, residual=added.data_ptr(), normed=normed.data_ptr()
+    )
+    backend.sync()
+    y = norm(x, weight, 1e-6)
+    slots = [(position + t) % 16 for t in range(rows)]
+    assert_close(ring[slots], y @ matrices[0].exact.T)
+    assert (ring.cpu()[[s for s in range(16) if s not in slots]] == 7).all()
+    assert_close(added, residual.double() + y @ matrices[1].exact.T)
+    assert_close(act, silu(y @ matrices[2].exact.T) * (y @ matrices[3].exact.T))
+    assert_close(normed, y, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("heads", "dim"), [(4, 16), (3, 128), (2, 64)])
+def test_the_gate_of_gated_delta_net_in_front(backend: Backend, heads: int, dim: int) -> None:
+    k, rows, position = heads * dim, 3, 30
+    matrix = Matrix(backend, "fp8", 24, k)
+    o, weight, ring = torch.randn(rows, k), torch.randn(dim), torch.randn(32, k + 8)
+    tensors = [backend.tensor(t) for t in (o, weight, ring, torch.tensor([position], dtype=torch.int32))]
+    out = backend.empty((rows, 24), torch.float32)
+    arguments = Input(tensors[0].data_ptr(), tensors[1].data_ptr(), tensors[2].data_ptr() + 32, tensors[3].data_ptr())
+    arguments.epsilon, arguments.x_stride, arguments.z_stride, arguments.z_ring_mask = 1e-6, k, k + 8, 31
+    arguments.head_dim, arguments.k, arguments.rows = dim, k, rows
+    kernels(backend).linear(arguments, [segment(matrix, out)], backend.stream)
+    backend.sync()
+    z = ring[[(position + t) % 32 for t in range(rows)], 8:].double()
+    per_head = o.double().unflatten(-1, (heads, dim))
+    normed = per_head * torch.rsqrt(per_head.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.double()
+    assert_close(out, (normed.flatten(1) * silu(z)) @ matrix.exact.T)
+
+
+class Mixture:
+    """The weights of a layer's experts, and their launches: routing and shared expert, experts up, experts down."""
+
+    def __init__(self, backend: Backend, format: str, shared_format: str) -> None:
+        self.backend, self.hidden, self.inner, self.shared_inner, self.experts, self.top_k = backend, 64, 32, 64, 16, 4
+        h, e = self.hidden, self.experts
+        self.router, self.gate = Matrix(backend, "float", e, h), Matrix(backend, "float", 1, h)
+        self.gate_proj, self.up_proj = (Matrix(backend, shared_format, self.shared_inner, h) for _ in range(2))
+        self.down_proj = Matrix(backend, shared_format, h, self.shared_inner)
+        self.halves = [Matrix(backend, format, e, self.inner, h) for _ in range(2)]
+        self.down = Matrix(backend, format, e, h, self.inner)
+        self.gate_up = [
+            backend.tensor(torch.stack([a.cpu(), b.cpu()], 1).flatten(1, 2) if a.dim() > 1 else torch.stack([a.cpu(), b.cpu()], 1))
+            for a, b in zip(self.halves[0].tensors, self.halves[1].tensors, strict=True)
+        ]
+        self.norm = torch.randn(h)
+
+    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> x with the experts added, router logits."""
+        b, rows, h = self.backend, len(x), self.hidden
+        out, norm_weight = b.tensor(x), b.tensor(self.norm)
+        logits, gate = b.empty((rows, self.experts), torch.float32), b.empty((rows, 1), torch.float32)
+        act = b.empty((rows * self.top_k, self.inner), torch.float32)
+        shared_act = b.empty((rows, self.shared_inner), torch.float32)
+        routing = b.empty((linear.routing_bytes(self.top_k),), torch.uint8)
+        counter = b.tensor(torch.zeros(1, dtype=torch.int32))
+        given = Input(x=out.data_ptr(), norm_weight=norm_weight.data_ptr(), epsilon=1e-6, x_stride=h, k=h, rows=rows)
+        pack = 2 if self.down_proj.format == 2 else 1
+        segments = [
+            segment(self.router, logits),
+            segment(self.gate_proj, shared_act, up=self.up_proj, epilogue=SWIGLU, pack=pack),
+            segment(self.gate, gate, epilogue=STORE),
+        ]
+        chosen = linear.Routing(logits.data_ptr(), routing.data_ptr(), counter.data_ptr())
+        kernels(b, self.experts, self.top_k).linear(given, segments, b.stream, routing=chosen)
+        module = b.module(experts.SOURCE, {"NUM_EXPERTS": self.experts, "TOP_K": self.top_k})
+        launcher = ExpertsDecode(module, MULTIPROCESSORS, self.experts, self.top_k)
+        pointers = [t.data_ptr() for t in self.gate_up] + [None] * (3 - len(self.gate_up))
+        launcher.up(
+            UpArguments(given, routing.data_ptr(), *pointers, act.data_ptr(), self.down.format, self.inner), b.stream
+        )
+        launcher.down(
+            DownArguments(
+                routing.data_ptr(), *self.down.pointers, act.data_ptr(), segment(self.down_proj, out),
+                shared_act.data_ptr(), gate.data_ptr(), out.data_ptr(), self.down.format, self.inner,
+                self.shared_inner, h, rows,
+            ),
+            b.stream,
+        )
+        b.sync()
+        assert int(counter.cpu()) == 0
+        return out.cpu(), logits.cpu()
+
+    def expected(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        y = norm(x, self.norm, 1e-6)
+        top, ids = logits.double().topk(self.top_k)
+        weights = top.softmax(-1)
+        out = x.double() + (y @ self.gate.exact.T).sigmoid() * (
+            (silu(y @ self.gate_proj.exact.T) * (y @ self.up_proj.exact.T)) @ self.down_proj.exact.T
+        )
+        for t in range(len(x)):
+            for j, e in enumerate(ids[t].tolist()):
+                gate, up = (half.exact[e] @ y[t] for half in self.halves)
+                out[t] += weights[t, j] * (self.down.exact[e] @ (silu(gate) * up))
+        return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("format", "shared"), [("nvfp4", "nvfp4"), ("nvfp4", "fp8"), ("float", "float")])
+def test_a_mixture_of_experts(backend: Backend, format: str, shared: str) -> None:
+    mixture = Mixture(backend, format, shared)
+    x = torch.randn(8, mixture.hidden)
+    x[3] = x[1]  # two rows with the same experts
+    for rows in (1, 2, 5, 8):
+        out, logits = mixture.run(x[:rows])
+        assert_close(logits, norm(x[:rows], mixture.norm, 1e-6) @ mixture.router.exact.T)
+        assert_close(out, mixture.expected(x[:rows], logits), 1e-4)  # two products, one after the other
+        if rows == 1:
+            alone = out
+        assert torch.equal(out[0], alone[0]), "a row's bits depend on the rows beside it"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("format", ["float", "fp8", "nvfp4"])
+def test_bits_of_a_row_do_not_depend_on_the_rows_beside_it(backend: Backend, format: str) -> None:
+    k, n = 320, 40
+    matrix, x, weight = Matrix(backend, format, n, k), torch.randn(8, k), torch.randn(k)
+    given, norm_weight = backend.tensor(x), backend.tensor(weight)
+
+    def run(first: int, rows: int) -> torch.Tensor:
+        out = backend.empty((rows, n), torch.float32)
+        at = given[first:].data_ptr()
+        arguments = Input(x=at, norm_weight=norm_weight.data_ptr(), epsilon=1e-6, x_stride=k, k=k, rows=rows)
+        kernels(backend).linear(arguments, [segment(matrix, out)], backend.stream)
+        backend.sync()
+        return out.cpu()
+
+    every = run(0, 8)
+    assert torch.equal(every, run(0, 8))
+    for t in range(8):
+        assert torch.equal(run(t, 1)[0], every[t])
+    assert torch.equal(run(2, 3), every[2:5])
+
+
+def test_structures_have_the_sizes_of_the_kernels() -> None:
+    assert [ctypes.sizeof(s) for s in (Segment, Input, linear.LinearArguments)] == [88, 64, 360 + 64 + 24 + 24]
