@@ -173,7 +173,7 @@ DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory");
 template <int PENDING>
 DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-// 8x8 matrices of 16-bit elements from shared memory (`ldmatrix`). Lane i gives the address of row i % 8 of matrix i / 8,
+// 8x8 matrices of 16-bit elements from shared memory: ldmatrix. Lane i gives the address of row i % 8 of matrix i / 8,
 // aligned to 16 bytes; r[j] is matrix j's {row g | columns 2t, 2t+1}, transposed {rows 2t, 2t+1 | column g}.
 
 DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* row) {

@@ -179,6 +179,12 @@ struct Row {
 };
 static_assert(sizeof(Row) == 64 + 12 * BINS, "sampling_cuda.py allocates this");
 
+// Behind each Row lie the [V] places of its list.
+DEVICE Row& row_of(uint8_t* scratch, int vocab) {
+    return *(Row*)(scratch + blockIdx.y * (sizeof(Row) + vocab * sizeof(Wide)));
+}
+DEVICE Wide* list_of(Row& row) { return (Wide*)(&row + 1); }
+
 // Floats in the order of unsigned integers; -0 is 0.
 DEVICE uint32_t to_ordered(float value) {
     uint32_t bits = __float_as_uint(value + 0.f);
@@ -273,7 +279,7 @@ struct Tile {
 };
 
 // logits [T, V] -> the first of the largest of each row, and that logit in the scratch. Grid: tiles of 2, T.
-KERNEL argmax(const float* logits, int vocab, Row* rows, Tokens tokens, int* error) {
+KERNEL argmax(const float* logits, int vocab, uint8_t* scratch, Tokens tokens, int* error) {
     wait_for_previous();
     launch_next();
     Tile<2> tile(logits, vocab);
@@ -282,7 +288,7 @@ KERNEL argmax(const float* logits, int vocab, Row* rows, Tokens tokens, int* err
     for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) best.offer(rank_of(tile.x[i][j], tile.x[i][j]), tile.group(i) * 4 + j);
-    Row& row = rows[blockIdx.y];
+    Row& row = row_of(scratch, vocab);
     add_best(row, best.packed());
     if (!is_last_block(row) || threadIdx.x) return;
     uint32_t rank = write_token(row, tokens, error);
@@ -291,7 +297,7 @@ KERNEL argmax(const float* logits, int vocab, Row* rows, Tokens tokens, int* err
 
 // logits [T, V] -> the entry where logit / temperature + noise is largest. Grid: tiles of 2, T.
 KERNEL sample(const float* logits, int vocab, float temperature, const int* position, int offset, const uint32_t* seed,
-              Row* rows, Tokens tokens, int* error) {
+              uint8_t* scratch, Tokens tokens, int* error) {
     wait_for_previous();
     launch_next();
     Tile<2> tile(logits, vocab);
@@ -306,7 +312,7 @@ KERNEL sample(const float* logits, int vocab, float temperature, const int* posi
             best.offer(rank_of(x, x / temperature + to_gumbel(words.word[j])), tile.group(i) * 4 + j);
         }
     }
-    Row& row = rows[blockIdx.y];
+    Row& row = row_of(scratch, vocab);
     add_best(row, best.packed());
     if (is_last_block(row) && threadIdx.x == 0) write_token(row, tokens, error);
 }
@@ -332,12 +338,20 @@ DEVICE Wide mass_to_keep(double top_p, Wide total) {
     return mass < total ? mass : total;
 }
 
-// 64-bit atomics on shared memory are loops; most masses are below 2^32, and two words with a carry are not.
-DEVICE void add_mass(uint32_t* low, uint32_t* high, int bin, Wide mass) {
-    uint32_t part = (uint32_t)mass, before = atomicAdd(&low[bin], part);
-    uint32_t carried = (uint32_t)(mass >> 32) + (before + part < part);
-    if (carried) atomicAdd(&high[bin], carried);
-}
+// In shared memory, where 64-bit atomics are loops: so two words and a carry, and most masses are below 2^32.
+template <int SIZE>
+struct Histogram {
+    uint32_t count[SIZE], low[SIZE], high[SIZE];
+    DEVICE void clear() {
+        for (int bin = threadIdx.x; bin < SIZE; bin += THREADS) count[bin] = low[bin] = high[bin] = 0;
+    }
+    DEVICE void add_mass(int bin, Wide mass) {
+        uint32_t part = (uint32_t)mass, before = atomicAdd(&low[bin], part);
+        uint32_t carried = (uint32_t)(mass >> 32) + (before + part < part);
+        if (carried) atomicAdd(&high[bin], carried);
+    }
+    DEVICE Wide mass(int bin) const { return (Wide)high[bin] << 32 | low[bin]; }
+};
 
 // The sum of the values of the threads before this one; `total`: of all.
 DEVICE Wide sum_before(Wide value, Wide& total) {
@@ -362,11 +376,15 @@ DEVICE Wide sum_before(Wide value, Wide& total) {
     return before;
 }
 
+struct Cut {
+    int first, last;
+    Wide count, mass;  // in the bins before `first`
+};
+
 // The last block of a row: where top_k and top_p fall. Empties the histogram.
 DEVICE void find_cut(Row& row, const Filters& filters) {
     constexpr int EACH = BINS / THREADS;
-    __shared__ int first, last;
-    __shared__ Wide counted, massed;  // in the bins before `first`
+    __shared__ Cut cut;
     Wide mass[EACH], masses = 0, all_mass, all_count;
     uint32_t count[EACH], counts = 0;
 #pragma unroll
@@ -378,40 +396,40 @@ DEVICE void find_cut(Row& row, const Filters& filters) {
     }
     Wide mass_before = sum_before(masses, all_mass), count_before = sum_before(counts, all_count);
     bool has_top_k = filters.top_k > 0 && all_count >= filters.top_k;  // else the last it keeps is beyond the bins
-    if (threadIdx.x == 0) first = BINS, last = BINS - 1, counted = 0, massed = all_mass;
+    if (threadIdx.x == 0) cut = {BINS, BINS - 1, 0, all_mass};
     __syncthreads();
     Wide masses_yet = mass_before, counts_yet = count_before;
     for (int i = 0; i < EACH && has_top_k; ++i) {
+        int bin = threadIdx.x * EACH + i;
         if (counts_yet < filters.top_k && filters.top_k <= counts_yet + count[i])
-            first = last = threadIdx.x * EACH + i, counted = counts_yet, massed = masses_yet;
+            cut = {bin, bin, counts_yet, masses_yet};
         masses_yet += mass[i], counts_yet += count[i];
     }
     __syncthreads();
     // With top_k the mass to keep is not known to the bit, but at least this; without, it is this.
-    Wide target = filters.top_p < 1 ? mass_to_keep(filters.top_p, massed) : 0;
+    Wide target = filters.top_p < 1 ? mass_to_keep(filters.top_p, cut.mass) : 0;
     __syncthreads();
     masses_yet = mass_before, counts_yet = count_before;
     for (int i = 0; i < EACH; ++i) {
-        if (masses_yet < target && target <= masses_yet + mass[i]) {
-            first = threadIdx.x * EACH + i, counted = counts_yet, massed = masses_yet;
-            if (!has_top_k) last = first;
-        }
+        int bin = threadIdx.x * EACH + i;
+        if (masses_yet < target && target <= masses_yet + mass[i])
+            cut = {bin, has_top_k ? cut.last : bin, counts_yet, masses_yet};
         masses_yet += mass[i], counts_yet += count[i];
     }
     __syncthreads();
     if (threadIdx.x) return;
-    row.first = first, row.last = last, row.sure_mass = massed, row.window_mass = all_mass;
-    row.keep = has_top_k ? filters.top_k - (uint32_t)counted : 0;
+    row.first = cut.first, row.last = cut.last, row.sure_mass = cut.mass, row.window_mass = all_mass;
+    row.keep = has_top_k ? filters.top_k - (uint32_t)cut.count : 0;
 }
 
 // Numbers and masses of the entries in each bin, and from them what sample_filtered needs. Grid: tiles of 4, T.
-KERNEL histogram(const float* logits, int vocab, Filters filters, Row* rows) {
-    __shared__ uint32_t count[BINS], low[BINS], high[BINS];
-    for (int bin = threadIdx.x; bin < BINS; bin += THREADS) count[bin] = low[bin] = high[bin] = 0;
+KERNEL histogram(const float* logits, int vocab, Filters filters, uint8_t* scratch) {
+    __shared__ Histogram<BINS> bins;
+    bins.clear();
     wait_for_previous();
     launch_next();
     Tile<4> tile(logits, vocab);
-    Row& row = rows[blockIdx.y];
+    Row& row = row_of(scratch, vocab);
     float maximum = row.maximum / filters.temperature;
     __syncthreads();
 #pragma unroll
@@ -421,15 +439,14 @@ KERNEL histogram(const float* logits, int vocab, Filters filters, Row* rows) {
             float scaled = tile.x[i][j] / filters.temperature;
             int bin = bin_of(scaled, maximum);
             if (bin == BINS) continue;
-            atomicAdd(&count[bin], 1u);
-            if (filters.top_p < 1) add_mass(low, high, bin, mass_of(scaled, maximum));
+            atomicAdd(&bins.count[bin], 1u);
+            if (filters.top_p < 1) bins.add_mass(bin, mass_of(scaled, maximum));
         }
     __syncthreads();
     for (int bin = threadIdx.x; bin < BINS; bin += THREADS) {
-        if (!count[bin]) continue;
-        atomicAdd(&row.count[bin], count[bin]);
-        Wide mass = (Wide)high[bin] << 32 | low[bin];
-        if (mass) atomicAdd(&row.mass[bin], mass);
+        if (!bins.count[bin]) continue;
+        atomicAdd(&row.count[bin], bins.count[bin]);
+        if (bins.mass(bin)) atomicAdd(&row.mass[bin], bins.mass(bin));
     }
     if (is_last_block(row)) find_cut(row, filters);
 }
@@ -454,41 +471,44 @@ struct List {
 // down, and the entry with which the sum reaches `target` is the last to keep. Returns a lower bound of the entries to
 // keep. Not before the lowest `stop` bits: entries that differ in these alone are kept together.
 DEVICE Wide select(const List& list, Wide least, int stop, bool by_mass, Wide target) {
-    __shared__ uint32_t count[THREADS], low[THREADS], high[THREADS], digit;
+    __shared__ Histogram<THREADS> digits;
+    __shared__ int digit;
     __shared__ Wide above;
     Wide prefix = 0, total;
     int shift = list.bits;
     while (shift > stop) {
         int width = shift - stop < 8 ? shift - stop : 8;
         shift -= width;
-        count[threadIdx.x] = low[threadIdx.x] = high[threadIdx.x] = 0;
+        digits.clear();
         if (threadIdx.x == 0) digit = 0, above = 0;
         __syncthreads();
         for (int i = threadIdx.x; i < list.count; i += THREADS) {
             Wide entry = list.entries[i], key = entry - list.base;
             if (entry < least || key >> shift >> width != prefix) continue;
             int bin = (uint32_t)(key >> shift) & ((1u << width) - 1);
-            atomicAdd(&count[bin], 1u);
-            if (by_mass) add_mass(low, high, bin, mass_of(scaled_of(entry), list.maximum));
+            atomicAdd(&digits.count[bin], 1u);
+            if (by_mass) digits.add_mass(bin, mass_of(scaled_of(entry), list.maximum));
         }
         __syncthreads();
         int mine = THREADS - 1 - threadIdx.x;
-        Wide weight = by_mass ? (Wide)high[mine] << 32 | low[mine] : count[mine];
+        Wide weight = by_mass ? digits.mass(mine) : digits.count[mine];
         Wide before = sum_before(weight, total);
         if (before < target && target <= before + weight) digit = mine, above = before;
         __syncthreads();
         prefix = prefix << width | digit;
         target -= above;
-        bool only_one = count[digit] <= 1;
+        bool only_one = digits.count[digit] <= 1;
         __syncthreads();
         if (only_one) break;
     }
-    return list.base + (prefix << shift);
+    Wide bound = list.base + (prefix << shift);
+    return bound > least ? bound : least;
 }
 
 // Base and bits of a list, for which its values must be known.
 DEVICE void find_range(List& list) {
-    __shared__ uint32_t least, largest;
+    __shared__ uint32_t least;
+    __shared__ uint32_t largest;
     if (threadIdx.x == 0) least = 0xffffffffu, largest = 0;
     __syncthreads();
     uint32_t low = 0xffffffffu, high = 0;
@@ -541,17 +561,17 @@ DEVICE void append(Row& row, Wide* list, bool has_one, Wide entry) {
     if (has_one) list[start + __popc(lanes & ((1u << lane) - 1))] = entry;
 }
 
-// After `argmax` and, with top_k or top_p, `histogram`. lists: [T, V]. Grid: tiles of 2, T.
+// After `argmax` and, with top_k or top_p, `histogram`. Grid: tiles of 2, T.
 KERNEL sample_filtered(const float* logits, int vocab, Filters filters, const int* position, int offset,
-                       const uint32_t* seed, Row* rows, Wide* lists, Tokens tokens, int* error) {
+                       const uint32_t* seed, uint8_t* scratch, Tokens tokens, int* error) {
     constexpr int SHARED_LIST = 2048;
     __shared__ Wide shared_list[SHARED_LIST];
     wait_for_previous();
     launch_next();
     Tile<2> tile(logits, vocab);
     Noise noise(position, offset, seed);
-    Row& row = rows[blockIdx.y];
-    Wide* list = lists + (int64_t)blockIdx.y * vocab;
+    Row& row = row_of(scratch, vocab);
+    Wide* list = list_of(row);
     bool has_cut = filters.top_k > 0 || filters.top_p < 1;
     int first = has_cut ? row.first : BINS, last = has_cut ? row.last : BINS - 1;
     float maximum = row.maximum / filters.temperature, floor = maximum + filters.log_min_p;
@@ -594,8 +614,8 @@ KERNEL sample_filtered(const float* logits, int vocab, Filters filters, const in
 // is accepted; with simulate >= 0 draft i is, instead, with that probability. Writes the tokens of the round, then -1,
 // into out_tokens [K + 1], the same padded with the last of them into head_tokens [K + 1], and that last one, which
 // starts the next verify, into verify_tokens[0].
-KERNEL accept(const int* sampled, const int* drafts, int draft_count, float simulate, const uint32_t* seed,
-              int* control, int* verify_tokens, int* head_tokens, int* out_tokens) {
+KERNEL accept_drafts(const int* sampled, const int* drafts, int draft_count, float simulate, const uint32_t* seed,
+                     int* control, int* verify_tokens, int* head_tokens, int* out_tokens) {
     wait_for_previous();
     launch_next();
     int lane = threadIdx.x, position = control[POSITION];

@@ -89,7 +89,7 @@ class SamplingKernels:
         self._launch("mtp_inputs", (rows, 2), _THREADS, args, stream)
 
     def scratch_bytes(self, rows: int) -> int:
-        """Of `sample`. Zero before the first call; launches that follow each other on a stream may share it."""
+        """Of `sample`, for up to that many rows. Zero before the first call; launches on one stream share it."""
         return rows * (_ROW_BYTES + 8 * self.vocab_size)
 
     def _tiles(self, rows: int, groups: int) -> tuple[int, int]:
@@ -112,26 +112,25 @@ class SamplingKernels:
         seed: the address of two words; config.seed is not used. outputs: up to three int32 [T], each gets the tokens.
         A row that is not finite gives token 0 and sets error [1]."""
         assert len(outputs) <= MAX_OUTPUTS
-        row, tokens, no_tokens = c_void_p(scratch), Tokens(), Tokens()
+        kept, tokens, no_tokens = c_void_p(scratch), Tokens(), Tokens()
         tokens.out[: len(outputs)] = list(outputs)
         where = [c_void_p(position), c_int(offset), c_void_p(seed)]
         given, vocab, grid = c_void_p(logits), c_int(self.vocab_size), self._tiles(rows, 2)
         is_cut = config.top_k > 0 or config.top_p < 1
         if config.temperature == 0:
-            self._launch("argmax", grid, _THREADS, [given, vocab, row, tokens, c_void_p(error)], stream)
+            self._launch("argmax", grid, _THREADS, [given, vocab, kept, tokens, c_void_p(error)], stream)
             return
         if not is_cut and config.min_p == 0:
-            args = [given, vocab, c_float(config.temperature), *where, row, tokens, c_void_p(error)]
+            args = [given, vocab, c_float(config.temperature), *where, kept, tokens, c_void_p(error)]
             self._launch("sample", grid, _THREADS, args, stream)
             return
         log_min_p = math.log(config.min_p) if config.min_p else -math.inf
         top_k = min(config.top_k, self.vocab_size)
         filters = Filters(temperature=config.temperature, log_min_p=log_min_p, top_p=config.top_p, top_k=top_k)
-        self._launch("argmax", grid, _THREADS, [given, vocab, row, no_tokens, c_void_p(error)], stream)
+        self._launch("argmax", grid, _THREADS, [given, vocab, kept, no_tokens, c_void_p(error)], stream)
         if is_cut:
-            self._launch("histogram", self._tiles(rows, 4), _THREADS, [given, vocab, filters, row], stream)
-        lists = c_void_p(scratch + rows * _ROW_BYTES)
-        args = [given, vocab, filters, *where, row, lists, tokens, c_void_p(error)]
+            self._launch("histogram", self._tiles(rows, 4), _THREADS, [given, vocab, filters, kept], stream)
+        args = [given, vocab, filters, *where, kept, tokens, c_void_p(error)]
         self._launch("sample_filtered", grid, _THREADS, args, stream)
 
     def accept(
@@ -156,4 +155,4 @@ class SamplingKernels:
             *(c_float(-1.0 if simulate is None else simulate), c_void_p(seed), c_void_p(control)),
             *(c_void_p(verify_tokens), c_void_p(head_tokens), c_void_p(out_tokens)),
         ]
-        self._launch("accept", (1, 1), 32, args, stream)
+        self._launch("accept_drafts", (1, 1), 32, args, stream)

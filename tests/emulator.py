@@ -4,7 +4,9 @@
     kernel.launch((grid, 1, 1), (256, 1, 1), [c_void_p(x), c_int(rows)], stream=0, shared=4096)
 
 `launch` raises EmulatorError for a deadlock, an access to memory that is not there, a write past the dynamic shared
-memory, a thread without wait_for_previous(). Shared memory starts as NaN in every block.
+memory, a thread without wait_for_previous(). Shared memory starts as NaN in every block. Blocks run one after another,
+so a kernel whose blocks wait for each other does not end; the rounding of __expf and of the tensor cores is not the
+GPU's to the last bit.
 """
 
 from __future__ import annotations
@@ -109,7 +111,7 @@ class EmulatedModule:
     def __init__(self, source: Path, defines: Mapping[str, int | str]) -> None:
         text, names = _translate(source, defines)
         runtime = HERE / "runtime.cpp"
-        linked = _cached("o", ["-std=c++17", "-O2", "-fPIC", "-c"], runtime.read_text(), runtime)
+        linked = _cached("o", ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-c"], runtime.read_text(), runtime)
         self._library = ctypes.CDLL(str(_cached("so", [*FLAGS, "-shared"], text, source, [linked])))
         self._kernels = {name: EmulatedKernel(self._library, name) for name in names}
 

@@ -180,6 +180,12 @@ KERNEL writes_at(float* y, int index) {
     y[index] = 0;
 }
 
+KERNEL copies_vector_at(uint4* y, int index) {
+    wait_for_previous();
+    launch_next();
+    *(uint4*)((float*)y + 4) = *(uint4*)((float*)y + index);
+}
+
 KERNEL writes_shared_at(int index) {
     wait_for_previous();
     launch_next();

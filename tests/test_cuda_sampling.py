@@ -9,6 +9,7 @@ import math
 import random
 from ctypes import c_int
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ SEEDS = (0, 7, 2**31, 2**32 + 5, 2**64 - 1)
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def sizes(*small: int) -> list[tuple[object, int]]:
+def sizes(*small: int) -> list[Any]:
     """(backend, vocabulary) to run: the big one on the GPU only."""
     values = [(backend, size) for backend in BACKENDS for size in small]
     return [pytest.param(*b.values, v, id=f"{b.id}-{v}", marks=b.marks) for b, v in [*values, (BACKENDS[1], BIG)]]
@@ -65,13 +66,13 @@ def acceptable(logits: Tensor, config: SamplingConfig, position: int) -> set[int
     to 34: 4e-6) and logarithms (some 1e-7, rounded with the score) need not agree to the bit."""
     if config.temperature == 0:
         return {Sampler(config).sample(logits.numpy(), position)}
-    scaled = logits.numpy() / np.float32(config.temperature)
+    scaled = (logits.numpy() / np.float32(config.temperature)).astype(np.float32)
     noise, tokens = all_gumbel(config.seed, position, len(scaled)), set()
     shares = {config.top_p} if config.top_p == 1 else {min(1, config.top_p * s) for s in (1 - 1e-5, 1, 1 + 1e-5)}
     for top_p in shares:
         entries = Sampler(replace(config, top_p=top_p))._survivors(scaled)
         score = scaled[entries] + noise[entries]
-        tolerance = 1e-6 + 2 * np.spacing(np.abs(score).max())
+        tolerance = 1e-6 + 2 * np.spacing(np.abs(score.max()))
         tokens |= set(entries[score >= score.max() - tolerance].tolist())
     return tokens
 
@@ -109,12 +110,32 @@ def test_tokens_are_the_samplers(backend: Backend, vocab: int, options: dict[str
     assert int(device.error) == 0
 
 
+@pytest.mark.parametrize(("backend", "vocab"), sizes(7, 100, 3000))
+def test_random_settings(backend: Backend, vocab: int) -> None:
+    device = Device(backend, vocab)
+    for _ in range(4 if vocab == BIG else 50):
+        config = SamplingConfig(
+            temperature=random.choice([0.3, 0.7, 1.0, 4.0, 50.0]),
+            top_k=random.choice([0, 1, 2, 20, random.randrange(vocab)]),
+            top_p=random.choice([1.0, 0.999999, 0.95, 0.5, 0.1]),
+            min_p=random.choice([0, 0.01, 0.3, 1]),
+            seed=random.randrange(2**64),
+        )
+        step = random.choice([0, 0.1, 0.5])
+        logits = torch.randn(2, vocab) * random.choice([0.01, 0.5, 3.0, 20.0]) + random.choice([0, -30, 100])
+        logits = (logits / step).round() * step if step else logits
+        position = random.randrange(2**30)
+        for t, token in enumerate(device.sample(logits, config, position)):
+            assert token in acceptable(logits[t], config, position + t), (config, step, position)
+
+
 @both
 def test_what_passes_the_filters(backend: Backend) -> None:
     """Few entries, so that many draws show every one that passes and none that does not."""
     device = Device(backend, 24)
-    for options in ({"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.4}, {"top_k": 9, "top_p": 0.6, "min_p": 0.1}):
-        config = SamplingConfig(temperature=1.5, seed=3, **options)  # type: ignore[arg-type]
+    every: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.4}]
+    for options in [*every, {"top_k": 9, "top_p": 0.6, "min_p": 0.1}]:
+        config = SamplingConfig(temperature=1.5, seed=3, **options)
         logits = (torch.randn(24) * 2).round() / 2  # with ties
         drawn = [token for i in range(15) for token in device.sample(logits.expand(8, 24), config, 8 * i)]
         for position, token in enumerate(drawn):
@@ -228,16 +249,15 @@ def test_acceptance(backend: Backend) -> None:
         words, ins, drawn = device.ints(*seed_words(seed)), device.ints(*sampled), device.ints(*drafts)
         verify = device.ints(*[-7] * (count + 1))
         head, out = (backend.empty((count + 1,), torch.int32) for _ in range(2))
-        addresses = (tensor.data_ptr() for tensor in (words, control, verify, head, out))
-        device.kernels.accept(ins.data_ptr(), drawn.data_ptr(), count, *addresses, backend.stream, simulate=simulate)
+        a, b, c, d, e, f, g = (t.data_ptr() for t in (ins, drawn, words, control, verify, head, out))
+        device.kernels.accept(a, b, count, c, d, e, f, g, backend.stream, simulate)
         backend.sync()
 
-        def agrees(i: int) -> bool:
-            if simulate is None:
-                return sampled[i] == drafts[i]  # noqa: B023
-            return bool(uniforms(seed, position + 1 + i, 1, 1)[0] < np.float32(simulate))  # noqa: B023
-
-        n = next((i for i in range(count) if not agrees(i)), count)
+        chances = [uniforms(seed, position + 1 + i, 1, 1)[0] for i in range(count)]
+        agree = [a == b for a, b in zip(sampled, drafts, strict=False)][:count]
+        if simulate is not None:
+            agree = [bool(chance < np.float32(simulate)) for chance in chances]
+        n = [*agree, False].index(False)
         rest = count - n
         assert out.tolist() == sampled[: n + 1] + [-1] * rest
         assert head.tolist() == sampled[: n + 1] + [sampled[n]] * rest
@@ -262,8 +282,8 @@ def test_embedding_and_head_inputs(backend: Backend, hidden: int) -> None:
         x, out = (backend.empty((rows, hidden * n), torch.float32) for n in (1, 2))
         token, state = token[first:], state[first:]
         kernels.embed(token.data_ptr(), embedding.data_ptr(), x.data_ptr(), rows, backend.stream)
-        addresses = [t.data_ptr() for t in (token, embedding, one, state, two, out)]
-        kernels.mtp_inputs(*addresses, rows, 1e-6, backend.stream)
+        a, b, c, d, e, f = (t.data_ptr() for t in (token, embedding, one, state, two, out))
+        kernels.mtp_inputs(a, b, c, d, e, f, rows, 1e-6, backend.stream)
         backend.sync()
         return x.cpu(), out.cpu()
 

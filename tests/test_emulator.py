@@ -217,6 +217,9 @@ def test_a_bad_address_is_an_error(y: torch.Tensor) -> None:
     kernel = EMULATOR.module(SOURCE).kernel("writes_at")
     with pytest.raises(EmulatorError, match=r"writes_at.*thread \(\d+, 0, 0\).*Segmentation fault"):
         kernel.launch(ONE, WARP, [ctypes.c_void_p(64), c_int(0)], EMULATOR.stream)
+    with pytest.raises(EmulatorError, match=r"copies_vector_at.*a vector at an address"):
+        launch(EMULATOR, "copies_vector_at", [y, 1])
+    launch(EMULATOR, "copies_vector_at", [y, 8])
     launch(EMULATOR, "writes_at", [y, 63])
     with pytest.raises(AssertionError, match="outside a tensor of 256 bytes"):
         launch(EMULATOR, "writes_at", [y, 64])

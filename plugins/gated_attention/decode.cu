@@ -136,15 +136,16 @@ DEVICE void decode(const DecodeArguments& a) {
     int kv_head = blockIdx.y, first = first_position(a), end = first + a.rows;
     int query_row = a.query_row ? *a.query_row : 0;
     int tiles = tile_count(end - 1), span = tiles <= a.short_tiles ? 1 : GROUP_TILES;
-    const char* keys = cache_rows(a.kv_cache, KEYS, kv_head, a.capacity);
-    const char* values = cache_rows(a.kv_cache, VALUES, kv_head, a.capacity);
     int tile = blockIdx.x * span;
+    auto load = [&](Which which, int next) {
+        const char* rows = cache_rows(a.kv_cache, which, kv_head, a.capacity);
+        if (next < tiles) load_tile(shared + which * TILE_BYTES, rows, next * TILE, first, end);
+        copy_commit();
+    };
     HeadRow query[L::OWN], weight;
     if (tile < tiles) {
-        load_tile(shared, keys, tile * TILE, first, end);
-        copy_commit();
-        load_tile(shared + TILE_BYTES, values, tile * TILE, first, end);
-        copy_commit();
+        load(KEYS, tile);
+        load(VALUES, tile);
         load_row(weight, a.q_norm);
         for (int t = 0; t < a.rows; t++)
             fill_turns(turns + t * HALF, a.inverse_frequencies, first + t, (threadIdx.x + t * 32) % THREADS, THREADS);
@@ -166,8 +167,7 @@ DEVICE void decode(const DecodeArguments& a) {
         __syncthreads();
         score_tile<L::EIGHTS>((float*)(shared + L::SCORES), shared, (const uint4*)(shared + L::QUERY));
         __syncthreads();
-        if (next < tiles) load_tile(shared, keys, next * TILE, first, end);
-        copy_commit();
+        load(KEYS, next);
         weigh_tile<QUERIES>(shared, all, tile * TILE, first + query_row);
         copy_wait<1>();  // its values
         __syncthreads();
@@ -175,11 +175,8 @@ DEVICE void decode(const DecodeArguments& a) {
                             (const float4*)(shared + L::FACTORS));
         if (ends) put_partial<QUERIES>(a, tile / span, kv_head, all, sums);
         __syncthreads();
-        if (next < tiles) {
-            load_tile(shared + TILE_BYTES, values, next * TILE, first, end);
-            append_rows(a, shared, turns, kv_head, next * TILE, first);
-        }
-        copy_commit();
+        load(VALUES, next);
+        append_rows(a, shared, turns, kv_head, next * TILE, first);
         tile = next, starts = ends;
     }
 }
@@ -210,11 +207,11 @@ KERNEL __launch_bounds__(THREADS) attention_combine(const __grid_constant__ Deco
     int row = a.query_row ? *a.query_row : query;
     bool by_tile = tile_count(first + a.rows - 1) <= a.short_tiles, inside = d < HEAD_DIM;
     int tiles = tile_count(first + row), groups = (tiles + GROUP_TILES - 1) / GROUP_TILES;
-    float4 gate = make_float4(0.f, 0.f, 0.f, 0.f);
     const float* gates = a.q_gate + (int64_t)row * a.q_stride + (head * 2 + 1) * HEAD_DIM;
+    float4 gate = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (inside && part == 0) gate = *(const float4*)(gates + d);
     wait_for_previous();
     launch_next();
-    if (inside && part == 0) gate = *(const float4*)(gates + d);
     Softmax all = empty_softmax();
     float4 sums = make_float4(0.f, 0.f, 0.f, 0.f);
     auto add = [&](Softmax& into, float4& sum, Softmax softmax, float4 value) {
@@ -229,17 +226,18 @@ KERNEL __launch_bounds__(THREADS) attention_combine(const __grid_constant__ Deco
         float2 softmax = a.partial_softmax[index];
         add(into, sum, {softmax.x, softmax.y}, *(const float4*)(a.partial + index * HEAD_DIM + d));
     };
-    for (int group = part; inside && group < groups; group += PARTS) {
-        if (!by_tile) {
-            add_entry(all, sums, group);
-            continue;
-        }
-        Softmax joined = empty_softmax();
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (!by_tile) {
+#pragma unroll 4
+        for (int group = part; inside && group < groups; group += PARTS) add_entry(all, sums, group);
+    } else {
+        for (int group = part; inside && group < groups; group += PARTS) {
+            Softmax joined = empty_softmax();
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int tile = 0; tile < GROUP_TILES; tile++)
-            if (group * GROUP_TILES + tile < tiles) add_entry(joined, sum, group * GROUP_TILES + tile);
-        add(all, sums, joined, sum);
+            for (int tile = group * GROUP_TILES; tile < (group + 1) * GROUP_TILES; tile++)
+                if (tile < tiles) add_entry(joined, sum, tile);
+            add(all, sums, joined, sum);
+        }
     }
     part_sums[part][lane] = sums;
     if (lane == 0) part_softmax[part] = all;

@@ -37,7 +37,7 @@ struct Layout {
     static constexpr int WEIGHTS = QUERY + STEPS * EIGHTS * 512;                  // fragments [4, C / 8, 32]
     static constexpr int SCORES = WEIGHTS + TILE / 16 * EIGHTS * 512;             // [2, C, SCORE_STRIDE]
     static constexpr int FACTORS = SCORES + 2 * EIGHTS * 8 * SCORE_STRIDE * 4;    // float2 [C]
-    static constexpr int TURNS = FACTORS + EIGHTS * 8 * 8;                        // float2 [rows, HALF]
+    static constexpr int TURNS = FACTORS + EIGHTS * 8 * 8;                        // float2 [MAX_ROWS, HALF]
 };
 
 // ---- into shared memory ------------------------------------------------------------------------------------------
@@ -46,6 +46,7 @@ struct Layout {
 // the two append_rows writes.
 DEVICE void load_tile(char* tile, const char* rows, int start, int first, int end) {
     constexpr int CHUNKS = CACHE_ROW / 16;
+#pragma unroll 4
     for (int i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
         int row = i / CHUNKS, chunk = i % CHUNKS, slot = start + row;
         char* place = tile + tile_offset<CACHE_ROW>(row, chunk);

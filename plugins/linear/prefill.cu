@@ -57,6 +57,7 @@ KERNEL __launch_bounds__(THREADS, 2) linear_prefill(
     int k,
     int tile_tokens) {
     extern __shared__ uint4 shared_memory[];
+    __shared__ Tile tile;
     int token_tiles = (rows + tile_tokens - 1) / tile_tokens;
     int row_tile = blockIdx.x / token_tiles, first_token = blockIdx.x % token_tiles * tile_tokens;
     int index = 0, features = 0;
@@ -67,32 +68,33 @@ KERNEL __launch_bounds__(THREADS, 2) linear_prefill(
         row_tile -= tiles;
     }
     const Segment& segment = segments.segment[index];
-    int first_row = row_tile * features, format = segment.format;
-    int64_t row_bytes = format == BF16 ? 2 * k : format == FP8 ? k : k / 2;
-    bool paired = segment.epilogue == SWIGLU;
-    int out_bytes = paired ? 2 : 4;
-
-    Tile tile;
-    tile.weight = segment.weight + first_row * row_bytes;
-    tile.weight_up = paired ? segment.weight_up + first_row * row_bytes : nullptr;
-    tile.scale = segment.scale + (int64_t)first_row * (k / 16);
-    tile.scale_up = paired ? segment.scale_up + (int64_t)first_row * (k / 16) : nullptr;
-    tile.scale_2 = segment.scale_2;
-    tile.scale_2_up = segment.scale_2_up;
-    tile.last_row = segment.n - 1 - first_row;
-    tile.paired = paired;
-    tile.x = x;
-    tile.x_rest = segment.precise ? x_lo : nullptr;
-    tile.source = nullptr;
-    tile.first_token = first_token;
-    tile.tokens = min(tile_tokens, rows - first_token);
-    tile.k = k;
-    tile.epilogue = segment.epilogue;
-    tile.out = (uint8_t*)segment.out + ((int64_t)first_token * segment.out_stride + first_row) * out_bytes;
-    tile.out_stride = segment.out_stride;
-    tile.features = min(features, segment.n - first_row);
-    tile.prefetch = true;
-
+    int format = segment.format;
+    if (threadIdx.x == 0) {
+        int first_row = row_tile * features;
+        bool paired = segment.epilogue == SWIGLU;
+        int64_t weight_start = first_row * row_bytes(format, k), scale_start = (int64_t)first_row * (k / 16);
+        int64_t out_start = (int64_t)first_token * segment.out_stride + first_row;
+        tile.weight = segment.weight + weight_start;
+        tile.weight_up = segment.weight_up + weight_start;
+        tile.scale = segment.scale + scale_start;
+        tile.scale_up = segment.scale_up + scale_start;
+        tile.scale_2 = segment.scale_2;
+        tile.scale_2_up = segment.scale_2_up;
+        tile.last_row = segment.n - 1 - first_row;
+        tile.paired = paired;
+        tile.x = x;
+        tile.x_rest = segment.precise ? x_lo : nullptr;
+        tile.source = nullptr;
+        tile.first_token = first_token;
+        tile.tokens = min(tile_tokens, rows - first_token);
+        tile.k = k;
+        tile.epilogue = segment.epilogue;
+        tile.out = (uint8_t*)segment.out + out_start * (paired ? 2 : 4);
+        tile.out_stride = segment.out_stride;
+        tile.features = min(features, segment.n - first_row);
+        tile.prefetch = true;
+    }
+    __syncthreads();
     uint8_t* shared = (uint8_t*)shared_memory;
     if (format == NVFP4) multiply_tile<NVFP4, 32, 64, 96, 128>(tile, shared);
     else if (format == FP8) multiply_tile<FP8, 32, 64, 96, 128>(tile, shared);

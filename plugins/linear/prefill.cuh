@@ -16,6 +16,7 @@ constexpr int SCALE_CHUNKS = 4;         // stages that 16 bytes of a row's NVFP4
 constexpr int SCALE_SLOTS = 4;          // of such bytes: those of up to 7 stages ahead, crossing one start of a row
 constexpr int STORE_HALF = 3;           // one epilogue more: float16 y
 
+// What a block multiplies. In shared memory: most of it is needed once, registers are what the product lacks.
 struct Tile {
     const uint8_t* weight;  // from the tile's first row on, [.., K] in its format; SWIGLU: the gate's
     const uint8_t* weight_up;
@@ -37,6 +38,8 @@ struct Tile {
     int features;   // that the tile has in `out`
     bool prefetch;  // the weights do not depend on what ran before: copy them while that ends
 };
+
+DEVICE int64_t row_bytes(int format, int k) { return format == BF16 ? 2 * k : format == FP8 ? k : k / 2; }
 
 // ---- unpacking: a lane's sixteen weights of a row, eight at a time, as half2 of neighbours -----------------------------
 
@@ -130,21 +133,23 @@ struct Product {
 
     const Tile& tile;
     uint8_t* shared;
-    int chunks, steps;
+    int k, chunks, steps;
+    const uint16_t *x, *x_rest;
     const uint8_t *weight, *scale;  // this thread's matrix
     uint32_t weight_offset[PIECES], x_offset[TOKENS / 16];
 
     DEVICE Product(const Tile& tile, uint8_t* shared) : tile(tile), shared(shared) {
-        chunks = (tile.k + CHUNK - 1) / CHUNK;
-        steps = tile.x_rest ? 2 * chunks : chunks;
+        k = tile.k, x = tile.x, x_rest = tile.x_rest;
+        chunks = (k + CHUNK - 1) / CHUNK;
+        steps = x_rest ? 2 * chunks : chunks;
         int row = threadIdx.x / PIECES;
         weight = is_up(row) ? tile.weight_up : tile.weight;
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
-            weight_offset[i] = matrix_row(row + i * (THREADS / PIECES)) * (tile.k / CHUNK * Row::ROW_BYTES +
-                               tile.k % CHUNK * Row::ROW_BYTES / CHUNK) + threadIdx.x % PIECES * 16;
+            weight_offset[i] = matrix_row(row + i * (THREADS / PIECES)) * (k / CHUNK * Row::ROW_BYTES +
+                               k % CHUNK * Row::ROW_BYTES / CHUNK) + threadIdx.x % PIECES * 16;
         if (FORMAT == NVFP4)
-            scale = (is_up(threadIdx.x) ? tile.scale_up : tile.scale) + matrix_row(threadIdx.x) * (tile.k / 16);
+            scale = (is_up(threadIdx.x) ? tile.scale_up : tile.scale) + matrix_row(threadIdx.x) * (k / 16);
     }
     DEVICE bool is_up(int row) const { return tile.paired && row % 16 >= 8; }
     DEVICE int matrix_row(int row) const { return min(tile.paired ? row / 16 * 8 + row % 8 : row, tile.last_row); }
@@ -158,23 +163,23 @@ struct Product {
 
     DEVICE void copy_weights(int step, uint8_t* stage) const {
         constexpr int PIECE_K = CHUNK / PIECES;
-        int k = chunk(step) * CHUNK, piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES;
+        int start = chunk(step) * CHUNK, piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES;
         int swapped = FORMAT == BF16 ? piece ^ (row & 1) : piece;
         uint8_t* to = stage + X_BYTES + row * Row::ROW_BYTES + swapped * 16;
-        const uint8_t* from = weight + k / CHUNK * Row::ROW_BYTES;
-        bool valid = k + piece * PIECE_K < tile.k;
+        const uint8_t* from = weight + start / CHUNK * Row::ROW_BYTES;
+        bool valid = start + piece * PIECE_K < k;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) copy_async16(to + i * (THREADS * 16), from + weight_offset[i], valid);
-        if (FORMAT == NVFP4 && chunk(step) % SCALE_CHUNKS == 0) copy_scales(k, scales(step) + threadIdx.x * 16);
+        if (FORMAT == NVFP4 && chunk(step) % SCALE_CHUNKS == 0) copy_scales(start, scales(step) + threadIdx.x * 16);
     }
 
     // A row's next 16 scales. Rows of scales are aligned to 16 bytes only where K is a multiple of 256.
-    DEVICE void copy_scales(int k, uint8_t* to) const {
-        const uint8_t* from = scale + k / 16;
-        if (tile.k % 256 == 0) return copy_async16(to, from, true);
+    DEVICE void copy_scales(int start, uint8_t* to) const {
+        const uint8_t* from = scale + start / 16;
+        if (k % 256 == 0) return copy_async16(to, from, true);
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            ((uint16_t*)to)[i] = k + 32 * i < tile.k ? ((const uint16_t*)from)[i] : (uint16_t)0;
+            ((uint16_t*)to)[i] = start + 32 * i < k ? ((const uint16_t*)from)[i] : (uint16_t)0;
     }
 
     DEVICE void locate_rows() {
@@ -182,15 +187,15 @@ struct Product {
         for (int i = 0; i < TOKENS / 16; i++) {
             int token = tile.first_token + min((int)threadIdx.x / 8 + 16 * i, tile.tokens - 1);
             uint32_t row = tile.source ? tile.source[token] : token;
-            x_offset[i] = row * (uint32_t)(tile.k / 8) + threadIdx.x % 8;
+            x_offset[i] = row * (uint32_t)(k / 8) + threadIdx.x % 8;
         }
     }
 
     DEVICE void copy_rows(int step, uint8_t* stage) const {
-        int k = chunk(step) * CHUNK, piece = threadIdx.x % 8, token = threadIdx.x / 8;
-        const uint16_t* from = (step < chunks ? tile.x : tile.x_rest) + k;
+        int start = chunk(step) * CHUNK, piece = threadIdx.x % 8, token = threadIdx.x / 8;
+        const uint16_t* from = (step < chunks ? x : x_rest) + start;
         uint8_t* to = stage + token * (2 * CHUNK) + (piece ^ (token & 1)) * 16;
-        bool valid = k + piece * 8 < tile.k;
+        bool valid = start + piece * 8 < k;
 #pragma unroll
         for (int i = 0; i < TOKENS / 16; i++)
             copy_async16(to + i * (16 * 2 * CHUNK), from + (uint64_t)x_offset[i] * 8, valid);

@@ -9,7 +9,7 @@ typedef unsigned int uint32_t;
 inline void wait_for_previous() { emulator_wait_for_previous(); }
 inline void launch_next() { emulator_launch_next(); }
 
-// ---- conversions: to nearest even, subnormals kept; a NaN becomes 0x7fff as on the GPU -------------------------------
+// ---- conversions: to nearest even, subnormals kept; a NaN becomes 0x7fff as on the GPU --------------------------
 
 inline uint32_t emulator_to_bf16(float value) {
     uint32_t bits = __float_as_uint(value);
@@ -54,7 +54,7 @@ inline uint32_t mul_half2(uint32_t a, uint32_t b) {  // a product of two halves 
 
 inline float exp2_fast(float x) { return exp2f(x); }
 
-// ---- tensor cores: the exact sum of products, rounded once with c (the GPU rounds a little differently) --------------
+// ---- tensor cores: the exact sum of products, rounded once with c (the GPU rounds a little differently) ---------
 
 struct EmulatorMma {
     float* c;

@@ -1,8 +1,9 @@
 // The emulated GPU: blocks run one after another, the threads of a block as fibers that switch only where they wait.
 //
-// Every launch turns two things around: the order in which blocks and threads run, and whether an asynchronous copy happens at
-// once or as late as its wait allows. A missing barrier or wait so shows in one of two launches; a correct kernel
-// gives the same bits. A thread that waits for ever, or touches memory that is not there, ends the launch with a message.
+// Every launch turns around the order in which blocks and threads run, and every other one whether an asynchronous copy
+// happens at once or as late as its wait allows. A missing barrier or wait so shows in one of four launches; a correct
+// kernel gives the same bits. A thread that waits for ever, or touches memory that is not there, ends the launch with a
+// message.
 
 #include <csetjmp>
 #include <csignal>
@@ -21,7 +22,7 @@ namespace {
 
 constexpr unsigned MAX_THREADS = 1024, MAX_SHARED = 227 << 10, MAX_STATIC = 48 << 10, CANARY = 4096, BARRIERS = 16;
 constexpr size_t PAGE = 4096, STACK = 128 << 10;  // a stack, its lowest page not accessible
-constexpr int TIME_LIMIT = 60;                   // seconds of processor time for a launch
+constexpr int TIME_LIMIT = 60;                    // seconds of processor time for a launch
 
 enum class State { READY, BARRIER, COLLECTIVE, DONE };
 
@@ -222,9 +223,13 @@ void run_block() {
 const int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
 
 void on_signal(int number, siginfo_t* info, void*) {
-    char text[80];
+    char text[120], *address = (char*)info->si_addr;
     if (number == SIGVTALRM)
         snprintf(text, sizeof text, ": still running after %d s", TIME_LIMIT);
+    else if (number == SIGSEGV && info->si_code == SI_KERNEL)
+        snprintf(text, sizeof text, ": a vector at an address that is not a multiple of its size");
+    else if (address >= stacks && address < stacks + MAX_THREADS * STACK)
+        snprintf(text, sizeof text, ": more than %zu KB of local memory", STACK >> 10);
     else
         snprintf(text, sizeof text, ": %s at the address %p", strsignal(number), info->si_addr);
     abandon(where() + thread_name() + text);
@@ -349,7 +354,8 @@ void* emulator_static(Slot* slot, unsigned size, unsigned align) {
         if (slot->offset < static_size) slot->offset += 2 * align;
         static_size = slot->offset + size;
         static_used += size;
-        if (static_used > MAX_STATIC || static_size > sizeof static_memory) emulator_fail("more than 48 KB of static shared memory");
+        if (static_used > MAX_STATIC || static_size > sizeof static_memory)
+            emulator_fail("more than 48 KB of static shared memory");
     }
     return static_memory + slot->offset;
 }
@@ -374,7 +380,8 @@ __attribute__((visibility("default"))) const char* emulator_launch(
     blockDim = {geometry[3], geometry[4], geometry[5]};
     blockIdx = {0, 0, 0};
     threads = blockDim.x * blockDim.y * blockDim.z;
-    if (!threads || threads > MAX_THREADS || !gridDim.x || !gridDim.y || !gridDim.z) return "an impossible grid or block";
+    if (!threads || threads > MAX_THREADS) return "a block of no threads, or of more than 1024";
+    if (!gridDim.x || !gridDim.y || !gridDim.z) return "a grid of no blocks";
     if (shared > MAX_SHARED) return "more than 227 KB of dynamic shared memory";
     if (!stacks) {
         void* memory = mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE,

@@ -36,8 +36,8 @@ float expf(float), exp2f(float), expm1f(float), logf(float), log2f(float), log10
 float sinf(float), cosf(float), tanhf(float), erff(float), floorf(float), ceilf(float), rintf(float), roundf(float);
 float truncf(float), fabsf(float), fmaxf(float, float), fminf(float, float), fmaf(float, float, float);
 float powf(float, float), fmodf(float, float), copysignf(float, float), ldexpf(float, int);
-double exp(double), log(double), sqrt(double), pow(double, double), fabs(double), floor(double), sin(double), cos(double);
-double rint(double), fma(double, double, double), frexp(double, int*), ldexp(double, int);
+double exp(double), log(double), sqrt(double), pow(double, double), fabs(double), floor(double), sin(double);
+double cos(double), rint(double), fma(double, double, double), frexp(double, int*), ldexp(double, int);
 void sincosf(float, float*, float*);
 int abs(int);
 int printf(const char*, ...);
@@ -327,8 +327,12 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value) { return emulat
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) { return emulator_reduce(mask, value, EmulatorMax{}); }
 inline unsigned __reduce_min_sync(unsigned mask, unsigned value) { return emulator_reduce(mask, value, EmulatorMin{}); }
 inline int __reduce_add_sync(unsigned mask, int value) { return (int)emulator_reduce(mask, value, EmulatorAdd{}); }
-inline int __reduce_max_sync(unsigned mask, int value) { return (int)emulator_reduce(mask, value, EmulatorSignedMax{}); }
-inline int __reduce_min_sync(unsigned mask, int value) { return (int)emulator_reduce(mask, value, EmulatorSignedMin{}); }
+inline int __reduce_max_sync(unsigned mask, int value) {
+    return (int)emulator_reduce(mask, value, EmulatorSignedMax{});
+}
+inline int __reduce_min_sync(unsigned mask, int value) {
+    return (int)emulator_reduce(mask, value, EmulatorSignedMin{});
+}
 
 // ---- how the test's side calls a kernel --------------------------------------------------------------------------
 
