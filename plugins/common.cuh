@@ -111,7 +111,7 @@ DEVICE uint32_t e4m3_even_half2(uint32_t word) { return e4m3_odd_half2(word << 8
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
-DEVICE float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
+DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 DEVICE float silu(float x) { return x * sigmoid(x); }
 
 // 2^x, the last bits rough; below 2^-126 zero.
@@ -168,6 +168,10 @@ DEVICE uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_ge
 DEVICE void copy_async16(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(valid ? 16 : 0));
+}
+DEVICE void copy_async4(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 4 : 0));
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>

@@ -229,14 +229,14 @@ DEVICE Wide block_best(Wide packed) {
 // Whether this block is the last of its row: then it sees what all of them wrote.
 DEVICE bool is_last_block(Row& row) {
     __shared__ int last;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0) {  // whose fences, beside a barrier, hold for the block
+        __threadfence();
         last = atomicAdd(&row.arrived, 1u) == gridDim.x - 1;
         if (last) row.arrived = 0;
+        __threadfence();
     }
     __syncthreads();
-    __threadfence();
     return last;
 }
 

@@ -1,8 +1,8 @@
 """Launches runtime/sampling.cu: embedding rows, the head's inputs, sampling and acceptance without leaving the device.
 
     kernels = SamplingKernels(Module(cached_kernels(SOURCE, "sm_90", defines(hidden_size))), vocab_size)
-    scratch = torch.zeros(kernels.scratch_bytes(rows=3), dtype=torch.uint8, device="cuda").data_ptr()
-    kernels.sample(logits, 3, config, position, 1, seed, [tokens], error, scratch, stream)
+    scratch = torch.zeros(kernels.scratch_bytes(rows=3), dtype=torch.uint8, device="cuda")
+    kernels.sample(logits, 3, config, position, 1, seed, [tokens], error, scratch.data_ptr(), stream)
     kernels.accept(tokens, drafts, 2, seed, control, verify_tokens, head_tokens, out_tokens, stream)
 
 Addresses are plain integers, of device memory. Positions and the seed lie there, so that a captured graph of these

@@ -69,7 +69,7 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor, rtol: float = RTOL) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("format", ["float", "fp8", "nvfp4"])
-@pytest.mark.parametrize(("k", "n"), [(32, 48), (96, 33), (640, 17), (2080, 1)])
+@pytest.mark.parametrize(("k", "n"), [(64, 48), (192, 33), (640, 17), (2112, 1)])
 def test_a_product(backend: Backend, format: str, k: int, n: int) -> None:
     matrix, rows = Matrix(backend, format, n, k), int(torch.randint(1, 9, ()))
     x = torch.randn(rows, k)
@@ -87,7 +87,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_norm_residual_swiglu_ring_and_mixed_formats(backend: Backend) -> None:
-    k, rows, position = 288, 5, 14
+    k, rows, position = 320, 5, 14
     x, weight = torch.randn(rows, k) * 30, torch.randn(k)
     matrices = [Matrix(backend, f, n, k) for f, n in (("float", 19), ("fp8", 40), ("nvfp4", 24), ("nvfp4", 24))]
     residual = torch.randn(rows, 40)
@@ -141,7 +141,7 @@ class Mixture:
     """The weights of a layer's experts, and their launches: routing and shared expert, experts up, experts down."""
 
     def __init__(self, backend: Backend, format: str, shared_format: str) -> None:
-        self.backend, self.hidden, self.inner, self.shared_inner, self.experts, self.top_k = backend, 64, 32, 64, 16, 4
+        self.backend, self.hidden, self.inner, self.shared_inner, self.experts, self.top_k = backend, 128, 64, 64, 16, 4
         h, e = self.hidden, self.experts
         self.router, self.gate = Matrix(backend, "float", e, h), Matrix(backend, "float", 1, h)
         self.gate_proj, self.up_proj = (Matrix(backend, shared_format, self.shared_inner, h) for _ in range(2))

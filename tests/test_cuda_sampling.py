@@ -27,6 +27,12 @@ HIDDEN = 48  # no multiple of a warp's 256
 BIG = 248320  # a vocabulary that the emulator is too slow for
 SEEDS = (0, 7, 2**31, 2**32 + 5, 2**64 - 1)
 
+
+@pytest.fixture(autouse=True)
+def fresh_random(fresh_seed: None) -> None:
+    random.seed(torch.initial_seed())
+
+
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -89,7 +95,7 @@ CONFIGS = [
     {"temperature": 1.0, "top_k": 20, "top_p": 0.95},
     {"temperature": 2.5, "top_k": 3, "top_p": 0.5, "min_p": 0.3},
     {"temperature": 1.7, "top_k": 900, "top_p": 0.9, "min_p": 0.001},
-    {"temperature": 1.0, "top_k": 10**9, "top_p": 1e-12},
+    {"temperature": 1.0, "top_k": 10**9, "top_p": 1e-15},
 ]
 
 
@@ -162,6 +168,7 @@ def test_equal_logits_pass_from_the_lowest_index_on(backend: Backend, options: d
         ("near", {"top_k": 2500}),
         ("near", {"top_k": 3500, "top_p": 0.8, "min_p": 0.999}),
         ("two", {"top_k": 2048}),  # the threshold falls into many equal ones
+        ("tiny", {"top_k": 1, "top_p": 0.95, "temperature": 50.0}),  # of both signs
         ("steep", {"top_k": 30}),  # all but a few beyond the bins
         ("steep", {"top_p": 0.999999}),
         ("holes", {"top_k": 100, "top_p": 0.9}),  # -infinity here and there
@@ -175,6 +182,7 @@ def test_awkward_distributions(backend: Backend, vocab: int, shape: str, options
         "equal": torch.full((2, vocab), 3.25),
         "near": 1000 + torch.rand(2, vocab) * 1e-2,
         "two": (torch.rand(2, vocab) > 0.1).float() * 1.5,
+        "tiny": torch.randn(2, vocab) * 0.01,
         "steep": torch.randn(2, vocab) * 60,
         "holes": torch.randn(2, vocab).masked_fill(torch.rand(2, vocab) < 0.5, -math.inf),
     }[shape]

@@ -83,7 +83,9 @@ class Decode:
     def __init__(self, module: Any, sizes: Sizes, multiprocessors: int, shared_limit: int) -> None:
         self.module, self.sizes, self.shared_limit = module, sizes, shared_limit
         self.multiprocessors = multiprocessors
-        fitting = [q for q in range(1, MAX_ROWS + 1) if q * sizes.group <= MAX_COLUMNS and self._shared(q) <= shared_limit]
+        fitting = [
+            q for q in range(1, MAX_ROWS + 1) if q * sizes.group <= MAX_COLUMNS and self._shared(q) <= shared_limit
+        ]
         assert fitting, f"{sizes} takes {self._shared(1)} bytes of shared memory, there are {shared_limit}"
         self.rows_per_launch = fitting[-1]  # more rows take several launches
 
@@ -96,7 +98,9 @@ class Decode:
 
     def _blocks(self, queries: int) -> int:
         """Of each KV head: what the device runs at once."""
-        resident = 1 if queries * self.sizes.group > 24 else (self.shared_limit + 1024) // (self._shared(queries) + 1024)
+        resident = (
+            1 if queries * self.sizes.group > 24 else (self.shared_limit + 1024) // (self._shared(queries) + 1024)
+        )
         return max(self.multiprocessors * min(resident, 2) // self.sizes.num_kv_heads, 1)
 
     def _short_tiles(self, queries: int) -> int:

@@ -19,8 +19,8 @@ struct DecodeArguments {
     const int* position;               // row t stands at *position + position_offset + t
     const int* query_row;              // null, or the one row that attends
     void* kv_cache;                    // [2, Hkv, S, D]
-    float* partial;                    // [entries, queries, Hq, D]: a tile's or a group's weights v, not divided
-    float2* partial_softmax;           // [entries, queries, Hq]: Softmax of each
+    float* partial;                    // [entries, Hkv, queries, GROUP, D]: a tile's or a group's weights v, not divided
+    float2* partial_softmax;           // [entries, Hkv, queries, GROUP]: Softmax of each
     float* y;                          // [queries, Hq, D]
     int q_stride;
     int k_stride;
@@ -49,18 +49,17 @@ DEVICE void put_row(char* tile, char* rows, int start, int slot, const float (&v
 
 // New rows of the tile: to the cache, where nobody else reads them in this launch, and to shared memory.
 DEVICE void append_rows(const DecodeArguments& a, char* shared, const float2* turns, int kv_head, int start, int first) {
-    for (int t = threadIdx.x / 32; t < a.rows; t += WARPS) {
-        int slot = first + t;
-        if (slot < start || slot >= start + TILE) continue;
-        HeadRow row, weight;
-        float value[PAIRS][2];
-        load_row(row, a.k + (int64_t)t * a.k_stride + kv_head * HEAD_DIM);
-        load_pairs(value, a.v + (int64_t)t * a.v_stride + kv_head * HEAD_DIM);
-        load_row(weight, a.k_norm);
-        norm_and_turn(row, weight, turns + t * HALF, a.epsilon);
-        put_row(shared, cache_rows(a.kv_cache, KEYS, kv_head, a.capacity), start, slot, row.value);
-        put_row(shared + TILE_BYTES, cache_rows(a.kv_cache, VALUES, kv_head, a.capacity), start, slot, value);
-    }
+    static_assert(MAX_ROWS <= WARPS, "a warp for each row");
+    int t = threadIdx.x / 32, slot = first + t;
+    if (t >= a.rows || slot < start || slot >= start + TILE) return;
+    HeadRow row, weight;
+    float value[PAIRS][2];
+    load_row(row, a.k + (int64_t)t * a.k_stride + kv_head * HEAD_DIM);
+    load_pairs(value, a.v + (int64_t)t * a.v_stride + kv_head * HEAD_DIM);
+    load_row(weight, a.k_norm);
+    norm_and_turn(row, weight, turns + t * HALF, a.epsilon);
+    put_row(shared, cache_rows(a.kv_cache, KEYS, kv_head, a.capacity), start, slot, row.value);
+    put_row(shared + TILE_BYTES, cache_rows(a.kv_cache, VALUES, kv_head, a.capacity), start, slot, value);
 }
 
 template <int QUERIES>
@@ -68,13 +67,11 @@ DEVICE void put_partial(const DecodeArguments& a, int entry, int kv_head, const 
                         const float (&sums)[MIX_STEPS][Layout<QUERIES>::EIGHTS][4]) {
     using L = Layout<QUERIES>;
     int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4;
-    auto index = [&](int column) {
-        return ((int64_t)entry * QUERIES + column / GROUP) * NUM_HEADS + kv_head * GROUP + column % GROUP;
-    };
+    int64_t first = ((int64_t)entry * NUM_KV_HEADS + kv_head) * L::COLUMNS;
 #pragma unroll
     for (int i = 0; i < L::OWN; i++) {
         int column = warp + i * WARPS;
-        if (lane == 0 && column < L::COLUMNS) a.partial_softmax[index(column)] = make_float2(all[i].largest, all[i].sum);
+        if (lane == 0 && column < L::COLUMNS) a.partial_softmax[first + column] = make_float2(all[i].largest, all[i].sum);
     }
 #pragma unroll
     for (int n = 0; n < L::EIGHTS; n++)
@@ -82,7 +79,7 @@ DEVICE void put_partial(const DecodeArguments& a, int entry, int kv_head, const 
         for (int j = 0; j < 4; j++) {
             int column = n * 8 + lane % 4 * 2 + j % 2;
             if (L::COLUMNS % 8 && column >= L::COLUMNS) continue;
-            float* out = a.partial + index(column) * HEAD_DIM + (KV_FP8 ? 2 * g + j / 2 : g + j / 2 * 8);
+            float* out = a.partial + (first + column) * HEAD_DIM + (KV_FP8 ? 2 * g + j / 2 : g + j / 2 * 8);
 #pragma unroll
             for (int i = 0; i < MIX_STEPS; i++) {
                 int step = warp + i * WARPS;
@@ -222,7 +219,7 @@ KERNEL __launch_bounds__(THREADS) attention_combine(const __grid_constant__ Deco
         sum.w = fmaf(value.w, factor.y, sum.w * factor.x);
     };
     auto add_entry = [&](Softmax& into, float4& sum, int entry) {
-        int64_t index = ((int64_t)entry * gridDim.z + query) * NUM_HEADS + head;
+        int64_t index = (((int64_t)entry * NUM_KV_HEADS + head / GROUP) * gridDim.z + query) * GROUP + head % GROUP;
         float2 softmax = a.partial_softmax[index];
         add(into, sum, {softmax.x, softmax.y}, *(const float4*)(a.partial + index * HEAD_DIM + d));
     };

@@ -12,14 +12,17 @@ from ctypes import Structure, c_float, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
+from export.errors import UserError
+
 SOURCE = Path(__file__).parent / "decode.cu"
 FORMATS = {"float": 0, "fp8": 1, "nvfp4": 2}  # enum Format; "float" is bfloat16 on a GPU
 BYTES = {0: 2.0, 1: 1.0, 2: 0.5}  # per weight
 STORE, ADD, SWIGLU = range(3)  # enum Epilogue
 PACK, PACK_NVFP4 = 1, 2  # Segment.pack
 MAX_SEGMENTS, MAX_ROWS, TILE, WARPS, STEP = 4, 8, 16, 8, 64
-# (64-byte steps per warp) -> blocks that a multiprocessor holds; the launch bounds of the kernels
-RESIDENT = {2: 2, 4: 2, 8: 1}
+RESIDENT = 3  # blocks that a multiprocessor holds: the launch bounds of the kernels
+PIPELINE = 128 * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
+DEPTH = 3
 
 
 class Segment(Structure):
@@ -79,9 +82,9 @@ class Input(Structure):
     ]
 
     @property
-    def staged_bytes(self) -> int:
-        """Shared memory that the staged rows take."""
-        return int(self.rows) * entries_bytes(self.k)
+    def shared_bytes(self) -> int:
+        """Shared memory of a launch: the warps' pipelines and the staged rows."""
+        return WARPS * DEPTH * PIPELINE + int(self.rows) * entries_bytes(self.k)
 
 
 class Routing(Structure):
@@ -100,8 +103,8 @@ class LinearArguments(Structure):
 
 
 def entries_bytes(k: int) -> int:
-    """Shared memory of one staged row of k values (tile.cuh: entry_stride)."""
-    return (k // 4 + 1) * 16
+    """Shared memory of one staged row of k values: bfloat16 high and low parts."""
+    return 4 * k
 
 
 def routing_bytes(top_k: int) -> int:
@@ -110,16 +113,11 @@ def routing_bytes(top_k: int) -> int:
     return 4 * (1 + items + items * MAX_ROWS + 2 * MAX_ROWS * top_k)
 
 
-def check_k(k: int, name: str) -> None:
-    """Raises ValueError: rows must start at multiples of 16 bytes in every format."""
-    if k % 32:
-        raise ValueError(f"{name}: {k} inputs per output; the cuda target needs a multiple of 32")
-
-
-def steps_for(k: int, format: int) -> int:
-    """Which kernel holds a row of k weights best: 64-byte steps per warp."""
-    needed = -(-int(k * BYTES[format]) // (WARPS * STEP))
-    return 2 if needed <= 2 else 4 if needed <= 4 else 8
+def check_k(k: int, format: str, name: str) -> None:
+    """Raises UserError: rows, and their scales, must start at addresses that vector loads can take."""
+    multiple = 64 if format == "nvfp4" else 32
+    if k % multiple:
+        raise UserError(f"{name}: {k} inputs; the cuda target takes multiples of {multiple} in this format; use cpu")
 
 
 class LinearDecode:
@@ -142,9 +140,6 @@ class LinearDecode:
         normed: where the normed rows go, float32 [T, K]. routing: segment 0 holds router logits; choose experts."""
         assert 1 <= given.rows <= MAX_ROWS
         arguments = LinearArguments(Segments.of(segments), given, residual, residual_row, normed, routing or Routing())
-        largest = max(segments, key=lambda s: s.n * BYTES[s.format])
-        steps = steps_for(given.k, largest.format)
-        tiles = sum(s.tiles for s in segments)
-        grid = min(tiles, RESIDENT[steps] * self.multiprocessors)
-        kernel = self.module.kernel(f"linear_{steps}")
-        kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.staged_bytes)
+        grid = min(sum(s.tiles for s in segments), RESIDENT * self.multiprocessors)
+        kernel = self.module.kernel("linear")
+        kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.shared_bytes)

@@ -24,12 +24,7 @@ DEVICE Tile find_tile(const Segments& segments, int index, int k) {
     while (index >= tiles_of(segments.segment[i])) index -= tiles_of(segments.segment[i++]);
     const Segment& s = segments.segment[i];
     bool pair = s.epilogue == SWIGLU;
-    int g = (threadIdx.x & 31) >> 2, last = s.n - 1, first = index * (pair ? 8 : 16), bytes = bytes_of(k, s.format);
-    int64_t low = min(first + g, last), high = pair ? low : min(first + g + 8, last);
-    const uint8_t* other = pair ? s.weight_up : s.weight;
-    const uint8_t* other_scale = pair ? s.scale_up : s.scale;
-    RowPair rows = {s.weight + low * bytes, other + high * bytes, s.scale + low * (k / 16), other_scale + high * (k / 16)};
-    return {rows, bytes, s.format, first, i};
+    return make_tile(s.weight, s.scale, pair ? s.weight_up : 0, s.scale_up, index * (pair ? 8 : 16), s.n, k, s.format, i);
 }
 
 DEVICE void finish(const LinearArguments& a, const Shared& shared, const Tile& tile, int buffer) {
@@ -60,8 +55,7 @@ DEVICE void write_normed(const LinearArguments& a, const Shared& shared) {
     }
 }
 
-template <int STEPS>
-DEVICE void linear(const LinearArguments& a) {
+KERNEL __launch_bounds__(THREADS, 3) linear(const __grid_constant__ LinearArguments a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Shared shared;
     auto total = [&] {
@@ -77,10 +71,5 @@ DEVICE void linear(const LinearArguments& a) {
         finish(a, shared, tile, buffer);
         if (a.routing.logits && tile.id == 0) route_when_last(a.routing, a.input.rows, tiles_of(a.segments.segment[0]));
     };
-    go_through_tiles<STEPS, true>(a.input, shared_memory, shared, total, find, started, done);
+    go_through_tiles<true>(a.input, shared_memory, shared, total, find, started, done);
 }
-
-// STEPS: 64-byte pieces of a row that a warp holds at a time.
-KERNEL __launch_bounds__(THREADS, 2) linear_2(const __grid_constant__ LinearArguments a) { linear<2>(a); }
-KERNEL __launch_bounds__(THREADS, 2) linear_4(const __grid_constant__ LinearArguments a) { linear<4>(a); }
-KERNEL __launch_bounds__(THREADS, 1) linear_8(const __grid_constant__ LinearArguments a) { linear<8>(a); }

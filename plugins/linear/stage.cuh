@@ -43,7 +43,7 @@ DEVICE void gate_heads(float (&x)[8], const Input& in, int row, int k) {
 DEVICE void stage(uint4* entries, Shared& shared, const Input& in, bool nvfp4) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     for (int t = 0; t < in.rows; t++) {
-        uint4* row = entries + t * entry_stride(in.k);
+        uint4* row = entries + t * (in.k / 4);
         float squares = 0.f;
         for (int from = warp * 256; from < in.k; from += WARPS * 256) {
             int k = from + lane * 8;
@@ -56,7 +56,7 @@ DEVICE void stage(uint4* entries, Shared& shared, const Input& in, bool nvfp4) {
 #pragma unroll
                 for (int i = 0; i < 8; i++) squares += x[i] * x[i], x[i] *= 1.f + w[i];
             }
-            if (k < in.k) make_entries(row[entry_place(k / 4)], row[entry_place(k / 4 + 1)], x, nvfp4);
+            if (k < in.k) make_entries(row[entry_place(k / 4, t)], row[entry_place(k / 4 + 1, t)], x, nvfp4);
         }
         if (in.norm_weight && !in.z) {
             squares = warp_sum(squares);
@@ -93,45 +93,52 @@ DEVICE float sum_of_warps(const Shared& shared, int buffer, int tile_row, int ro
     return sum;
 }
 
-// A tile of 16 weight rows: the lane's two rows of it, and what `finish` has to know.
-struct Tile {
-    RowPair rows;
-    int row_bytes;
-    int format;
-    int first;  // weight row
-    int id;     // of the segment or the item
-};
+constexpr int DEPTH = 3;  // passes that a warp has under way
+typedef Pipeline<DEPTH> WarpPipeline;
+constexpr int PIPELINES = WARPS * sizeof(WarpPipeline) / sizeof(uint4);
 
-// A block goes through the tiles blockIdx.x, blockIdx.x + gridDim.x, ... in passes of what its warps hold at once.
-// EARLY: the first tile is known before the previous kernel has ended. total(): number of tiles; find(index): a tile;
+// A block goes through the tiles blockIdx.x, blockIdx.x + gridDim.x, ..., its warps sharing a tile's k, in passes.
+// EARLY: tiles are known before the previous kernel has ended. total(): number of tiles; find(index): a tile;
 // started(): called once after staging; finish(tile, buffer): its sums are in shared.partial[buffer].
-template <int STEPS, bool EARLY, typename Total, typename Find, typename Started, typename Finish>
-DEVICE void go_through_tiles(const Input& in, uint4* entries, Shared& shared, const Total& total, const Find& find,
-                             const Started& started, const Finish& finish) {
-    constexpr int PASS = WARPS * STEPS * STEP;  // bytes of a row
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2;
-    int offset = warp * STEPS * STEP + (lane & 3) * 16, index = blockIdx.x;
-    Tile tile;
-    Weights<STEPS> weights;
-    if (EARLY) {
-        tile = find(index);
-        load(weights, tile.rows, tile.format, offset, tile.row_bytes);
-    }
-    wait_for_previous();
-    launch_next();
-    int tiles = total();
-    if (index >= tiles) return;
+// shared_memory: the warps' pipelines, then the entries of the rows.
+template <bool EARLY, typename Total, typename Find, typename Started, typename Finish>
+DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Shared& shared, const Total& total,
+                             const Find& find, const Started& started, const Finish& finish) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, column = lane >> 2;
+    WarpPipeline& pipeline = ((WarpPipeline*)shared_memory)[warp];
+    uint4* entries = shared_memory + PIPELINES;
+    const int begin = warp * PASS;
+    int tiles = EARLY ? total() : 0;
     if (!EARLY) {
-        tile = find(index);
-        load(weights, tile.rows, tile.format, offset, tile.row_bytes);
+        wait_for_previous();
+        launch_next();
+        tiles = total();
     }
-    const uint4* own = entries + g * entry_stride(in.k);
-    bool is_row = g < in.rows;
-    auto entry = [&](int i, bool valid) { return is_row && valid ? own[entry_place(i)] : make_uint4(0, 0, 0, 0); };
-    int staged = -1, buffer = 0;
+    if ((int)blockIdx.x >= tiles) return;  // with EARLY there is a tile for every block
+
+    int next_index = blockIdx.x, next_at = begin;
+    Tile next = find(next_index);
+    auto fetch_next = [&](int slot) {
+        if (next_index < tiles) {
+            fetch(pipeline, slot, next, next_at);
+            next_at += WARPS * PASS;
+            if (next_at - begin >= next.row_bytes) {
+                next_index += gridDim.x, next_at = begin;
+                if (next_index < tiles) next = find(next_index);
+            }
+        }
+        copy_commit();
+    };
+    for (int slot = 0; slot < DEPTH; slot++) fetch_next(slot);
+    if (EARLY) {
+        wait_for_previous();
+        launch_next();
+    }
+    int staged = -1, buffer = 0, slot = 0, row = column < in.rows ? column : 0;
+    const int own = 16 * (PIPELINES + row * (in.k / 4));
     Sums sums;
-    sums.clear();
-    for (int at = offset; index < tiles;) {
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+        Tile tile = find(index);
         int order = tile.format == NVFP4;
         if (order != staged) {
             if (staged >= 0) __syncthreads();  // slower warps still read the other order
@@ -139,21 +146,18 @@ DEVICE void go_through_tiles(const Input& in, uint4* entries, Shared& shared, co
             if (staged < 0) started();
             staged = order;
         }
-        bool last = at - offset + PASS >= tile.row_bytes;
-        multiply<STEPS>(sums, weights, tile.format, at, tile.row_bytes, entry);
-        Tile finished = tile;
-        at = last ? offset : at + PASS;
-        if (last) index += gridDim.x;
-        if (index < tiles) {
-            if (last) tile = find(index);
-            load(weights, tile.rows, tile.format, at, tile.row_bytes);
+        sums.clear();
+        for (int at = begin; at - begin < tile.row_bytes; at += WARPS * PASS) {
+            copy_wait<DEPTH - 1>();
+            __syncwarp();
+            multiply(sums, pipeline, slot, tile.format, at, tile.row_bytes, shared_memory, own, row);
+            __syncwarp();
+            fetch_next(slot);
+            slot = slot + 1 == DEPTH ? 0 : slot + 1;
         }
-        if (last) {
-            put_sums(shared, buffer, sums, in.rows);
-            sums.clear();
-            __syncthreads();
-            finish(finished, buffer);
-            buffer ^= 1;
-        }
+        put_sums(shared, buffer, sums, in.rows);
+        __syncthreads();
+        finish(tile, buffer);
+        buffer ^= 1;
     }
 }

@@ -17,9 +17,8 @@ constexpr int STEP = 64;      // bytes of a weight row that a quad of lanes hold
 // Four values k..k+3 of a row make an entry {high pair, high pair, low pair, low pair}. NVFP4 pairs values four apart
 // (nibbles i and i + 4 of a word), so there two entries share eight values: (0,4)(1,5) and (2,6)(3,7).
 
-DEVICE int entry_place(int entry) { return entry ^ ((entry >> 2) & 6); }  // keeps a quad's reads on distinct banks
-
-DEVICE int entry_stride(int k) { return k / 4 + 1; }  // odd, so that two rows' reads fall on distinct banks
+// Where a row's entry lies: a quad's reads, and those of two neighbouring rows, fall on distinct banks.
+DEVICE int entry_place(int entry, int row) { return entry ^ ((entry >> 2) & 6) ^ (row & 1); }
 
 DEVICE uint4 make_entry(float a, float b, float c, float d) {
     uint32_t high0 = to_bf16x2(a, b), high1 = to_bf16x2(c, d);
@@ -52,32 +51,64 @@ DEVICE void load_eight(float (&x)[8], const float* address) {
 
 // ---- weights -----------------------------------------------------------------------------------------------------
 
-template <int STEPS>
-struct Weights {
-    uint4 low[STEPS], high[STEPS];  // rows g and g + 8
-    uint32_t scale[STEPS];          // NVFP4: two E4M3 scales of each row
-};
-
-struct RowPair {
-    const uint8_t *low, *high, *scale_low, *scale_high;
-};
-
 DEVICE int bytes_of(int k, int format) { return format == NVFP4 ? k / 2 : format == FP8 ? k : 2 * k; }
 
-// offset: the lane's first byte in its rows; a step further is STEP bytes further. Bytes past the row count as zero.
-template <int STEPS>
-DEVICE void load(Weights<STEPS>& w, const RowPair& rows, int format, int offset, int row_bytes) {
+// 16 weight rows: two runs of eight, 0..7 and 8..15 of a matrix, or eight of a gate and eight of an up projection.
+struct Tile {
+    const uint8_t *low, *high;              // first rows of the runs
+    const uint8_t *scale_low, *scale_high;  // NVFP4
+    int low_last, high_last;                // rows past these are read as these; their products are nobody's
+    int row_bytes;
+    int format;
+    int first;  // row of the matrix
+    int id;     // of the segment or the item
+};
+
+DEVICE Tile make_tile(const uint8_t* weight, const uint8_t* scale, const uint8_t* weight_up, const uint8_t* scale_up,
+                      int first, int n, int k, int format, int id) {
+    Tile tile;
+    tile.row_bytes = bytes_of(k, format), tile.format = format, tile.first = first, tile.id = id;
+    tile.low_last = min(7, n - 1 - first);
+    int high = first;
+    tile.high_last = tile.low_last;
+    if (!weight_up) {
+        weight_up = weight, scale_up = scale, high = min(first + 8, n - 1);
+        tile.high_last = min(7, n - 1 - high);
+    }
+    tile.low = weight + (int64_t)first * tile.row_bytes, tile.high = weight_up + (int64_t)high * tile.row_bytes;
+    tile.scale_low = scale + (int64_t)first * (k / 16), tile.scale_high = scale_up + (int64_t)high * (k / 16);
+    return tile;
+}
+
+constexpr int STEPS = 2;              // a warp's pass: 128 bytes of each of 16 rows
+constexpr int PASS = STEPS * STEP;
+
+// What a warp has under way: copies from global memory that need no registers.
+template <int DEPTH>
+struct Pipeline {
+    uint4 codes[DEPTH][STEPS][2][32];   // [slot][step][run][lane]: each lane reads what it copied itself
+    uint32_t scales[DEPTH][TILE][4];    // [slot][row][..]: 16 E4M3 scales
+};
+
+// Starts copying the bytes at..at + PASS of the tile's rows; bytes past a row's end come as zeros.
+template <int DEPTH>
+DEVICE void fetch(Pipeline<DEPTH>& pipeline, int slot, const Tile& tile, int at) {
+    int lane = threadIdx.x & 31, g = lane >> 2, offset = at + (lane & 3) * 16;
+    const uint8_t* low = tile.low + min(g, tile.low_last) * tile.row_bytes + offset;
+    const uint8_t* high = tile.high + min(g, tile.high_last) * tile.row_bytes + offset;
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
-        int at = offset + s * STEP;
-        bool valid = at < row_bytes;
-        w.low[s] = valid ? load_weights(rows.low + at) : make_uint4(0, 0, 0, 0);
-        w.high[s] = valid ? load_weights(rows.high + at) : make_uint4(0, 0, 0, 0);
-        if (format == NVFP4) {
-            uint32_t low = valid ? *(const uint16_t*)(rows.scale_low + at / 8) : 0;
-            uint32_t high = valid ? *(const uint16_t*)(rows.scale_high + at / 8) : 0;
-            w.scale[s] = low | high << 16;
-        }
+        bool valid = offset + s * STEP < tile.row_bytes;
+        copy_async16(&pipeline.codes[slot][s][0][lane], valid ? low + s * STEP : tile.low, valid);
+        copy_async16(&pipeline.codes[slot][s][1][lane], valid ? high + s * STEP : tile.low, valid);
+    }
+    if (tile.format == NVFP4) {
+        int place = at / 8 + (lane & 3) * 4, scale_bytes = tile.row_bytes / 8;
+        bool valid = place < scale_bytes;
+        const uint8_t* scale_low = tile.scale_low + min(g, tile.low_last) * scale_bytes + place;
+        const uint8_t* scale_high = tile.scale_high + min(g, tile.high_last) * scale_bytes + place;
+        copy_async4(&pipeline.scales[slot][g][lane & 3], valid ? scale_low : tile.scale_low, valid);
+        copy_async4(&pipeline.scales[slot][g + 8][lane & 3], valid ? scale_high : tile.scale_low, valid);
     }
 }
 
@@ -135,43 +166,43 @@ DEVICE void multiply_nvfp4(Sums& sums, const uint4& low, const uint4& high, uint
     accumulate<1>(sums, second, b1);
 }
 
-// sums += weights times entries. entry(i): the lane's row's entry i, zeros where there is none.
-template <int STEPS, typename Entry>
-DEVICE void multiply(Sums& sums, const Weights<STEPS>& w, int format, int offset, int row_bytes, const Entry& entry) {
-    if (format == NVFP4) {
+// sums += a pass of weights times the entries of a row. row: where the entries of the lane's column of the
+// product begin in `memory`, in bytes, a multiple of 128; columns past the last row have no reader.
+template <int DEPTH>
+DEVICE void multiply(Sums& sums, const Pipeline<DEPTH>& pipeline, int slot, int format, int at, int row_bytes,
+                     const uint4* memory, int row, int parity) {
+    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            int first = (offset + s * STEP) / 2;
-            bool valid = offset + s * STEP < row_bytes;
-            uint32_t low0 = nvfp4_scale(w.scale[s] & 0xff), low1 = nvfp4_scale(w.scale[s] >> 8 & 0xff);
-            uint32_t high0 = nvfp4_scale(w.scale[s] >> 16 & 0xff), high1 = nvfp4_scale(w.scale[s] >> 24);
-            multiply_nvfp4<0>(sums, w.low[s], w.high[s], low0, high0, entry(first, valid), entry(first + 1, valid));
-            multiply_nvfp4<1>(sums, w.low[s], w.high[s], low0, high0, entry(first + 2, valid), entry(first + 3, valid));
-            multiply_nvfp4<2>(sums, w.low[s], w.high[s], low1, high1, entry(first + 4, valid), entry(first + 5, valid));
-            multiply_nvfp4<3>(sums, w.low[s], w.high[s], low1, high1, entry(first + 6, valid), entry(first + 7, valid));
-        }
-    } else if (format == FP8) {
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            int first = (offset + s * STEP) / 4;
-            bool valid = offset + s * STEP < row_bytes;
+    for (int s = 0; s < STEPS; s++) {
+        uint4 low = pipeline.codes[slot][s][0][lane], high = pipeline.codes[slot][s][1][lane];
+        int offset = at + s * STEP + t * 16;
+        if (offset >= row_bytes) offset = 0;  // zeros times anything finite
+        int place = row;  // of the lane's first entry; its next ones differ in the low bits only
+        auto entry = [&](int i) { return *(const uint4*)((const uint8_t*)memory + (place ^ (i * 16))); };
+        if (format == NVFP4) {
+            place += 16 * entry_place(offset / 2, parity);
+            uint32_t l = ((const uint16_t*)pipeline.scales[slot][g])[s * 4 + t];
+            uint32_t h = ((const uint16_t*)pipeline.scales[slot][g + 8])[s * 4 + t];
+            uint32_t low0 = nvfp4_scale(l & 0xff), low1 = nvfp4_scale(l >> 8);
+            uint32_t high0 = nvfp4_scale(h & 0xff), high1 = nvfp4_scale(h >> 8);
+            multiply_nvfp4<0>(sums, low, high, low0, high0, entry(0), entry(1));
+            multiply_nvfp4<1>(sums, low, high, low0, high0, entry(2), entry(3));
+            multiply_nvfp4<2>(sums, low, high, low1, high1, entry(4), entry(5));
+            multiply_nvfp4<3>(sums, low, high, low1, high1, entry(6), entry(7));
+        } else if (format == FP8) {
+            place += 16 * entry_place(offset / 4, parity);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                uint32_t l = word(w.low[s], j), h = word(w.high[s], j);
+                uint32_t l = word(low, j), h = word(high, j);
                 uint32_t a[4] = {fp8_pair<0>(l), fp8_pair<0>(h), fp8_pair<1>(l), fp8_pair<1>(h)};
-                if (j & 1) accumulate<1>(sums, a, entry(first + j, valid));
-                else accumulate<0>(sums, a, entry(first + j, valid));
+                if (j & 1) accumulate<1>(sums, a, entry(j));
+                else accumulate<0>(sums, a, entry(j));
             }
-        }
-    } else {
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            int first = (offset + s * STEP) / 8;
-            bool valid = offset + s * STEP < row_bytes;
-            uint32_t even[4] = {w.low[s].x, w.high[s].x, w.low[s].y, w.high[s].y};
-            uint32_t odd[4] = {w.low[s].z, w.high[s].z, w.low[s].w, w.high[s].w};
-            accumulate<0>(sums, even, entry(first, valid));
-            accumulate<1>(sums, odd, entry(first + 1, valid));
+        } else {
+            place += 16 * entry_place(offset / 8, parity);
+            uint32_t even[4] = {low.x, high.x, low.y, high.y}, odd[4] = {low.z, high.z, low.w, high.w};
+            accumulate<0>(sums, even, entry(0));
+            accumulate<1>(sums, odd, entry(1));
         }
     }
 }

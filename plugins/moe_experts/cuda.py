@@ -6,10 +6,10 @@ from ctypes import Structure, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
-from plugins.linear.cuda import MAX_ROWS, RESIDENT, TILE, WARPS, Input, Segment, entries_bytes, steps_for
+from plugins.linear.cuda import MAX_ROWS, PIPELINE, RESIDENT, TILE, WARPS, Input, Segment, entries_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
-DOWN_WARPS = 16
+DOWN_WARPS, DOWN_DEPTH = 16, 2
 
 
 class UpArguments(Structure):
@@ -54,11 +54,10 @@ class ExpertsDecode:
 
     def up(self, arguments: UpArguments, stream: int) -> None:
         given = arguments.input
-        steps = steps_for(given.k, arguments.format)
         most = min(given.rows * self.top_k, self.num_experts) * -(-arguments.inner // 8)
-        grid = min(most, RESIDENT[steps] * self.multiprocessors)
-        kernel = self.module.kernel(f"experts_up_{steps}")
-        kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.staged_bytes)
+        grid = min(most, RESIDENT * self.multiprocessors)
+        kernel = self.module.kernel("experts_up")
+        kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.shared_bytes)
 
     def down(self, arguments: DownArguments, stream: int) -> None:
         rows, pairs = arguments.rows, arguments.rows * self.top_k
@@ -66,4 +65,4 @@ class ExpertsDecode:
         parts = 4 * TILE * MAX_ROWS * (min(pairs, self.num_experts) + 1)
         grid = -(-arguments.hidden // TILE)
         kernel = self.module.kernel("experts_down")
-        kernel.launch((grid, 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=entries + parts)
+        kernel.launch((grid, 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=DOWN_WARPS * DOWN_DEPTH * PIPELINE + entries + parts)

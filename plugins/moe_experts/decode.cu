@@ -17,20 +17,18 @@ struct UpArguments {
     int inner;
 };
 
-template <int STEPS>
-DEVICE void experts_up(const UpArguments& a) {
+KERNEL __launch_bounds__(THREADS, 3) experts_up(const __grid_constant__ UpArguments a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Shared shared;
-    int tiles = (a.inner + 7) / 8, bytes = bytes_of(a.input.k, a.format), g = (threadIdx.x & 31) >> 2;
+    int tiles = (a.inner + 7) / 8, k = a.input.k;
     auto total = [&] { return __ldcg(&a.routing->count) * tiles; };
     auto find = [&](int index) {
-        int item = index / tiles, first = index % tiles * 8;
-        int64_t gate = (int64_t)__ldcg(&a.routing->expert[item]) * 2 * a.inner + min(first + g, a.inner - 1);
-        int64_t up = gate + a.inner;
+        int item = index / tiles;
+        int64_t gate = (int64_t)__ldcg(&a.routing->expert[item]) * 2 * a.inner, up = gate + a.inner;
         const uint8_t* scale = a.scale;
-        int scales = a.input.k / 16;
-        RowPair rows = {a.weight + gate * bytes, a.weight + up * bytes, scale + gate * scales, scale + up * scales};
-        return Tile{rows, bytes, a.format, first, item};
+        int bytes = bytes_of(k, a.format), scales = k / 16;
+        return make_tile(a.weight + gate * bytes, scale + gate * scales, a.weight + up * bytes, scale + up * scales,
+                         index % tiles * 8, a.inner, k, a.format, item);
     };
     auto finish = [&](const Tile& tile, int buffer) {
         int tile_row = threadIdx.x % 8, row = threadIdx.x / 8, n = tile.first + tile_row;
@@ -43,12 +41,8 @@ DEVICE void experts_up(const UpArguments& a) {
         float up = sum_of_warps(shared, buffer, tile_row + 8, row) * (factor * factor_of(a.format, scale_2 + 1));
         put_value(a.act + (int64_t)(row * TOP_K + slot) * (a.inner / 4), n, silu(gate) * up, a.format == NVFP4);
     };
-    go_through_tiles<STEPS, false>(a.input, shared_memory, shared, total, find, [] {}, finish);
+    go_through_tiles<false>(a.input, shared_memory, shared, total, find, [] {}, finish);
 }
-
-KERNEL __launch_bounds__(THREADS, 2) experts_up_2(const __grid_constant__ UpArguments a) { experts_up<2>(a); }
-KERNEL __launch_bounds__(THREADS, 2) experts_up_4(const __grid_constant__ UpArguments a) { experts_up<4>(a); }
-KERNEL __launch_bounds__(THREADS, 1) experts_up_8(const __grid_constant__ UpArguments a) { experts_up<8>(a); }
 
 struct DownArguments {
     const Routing* routing;
@@ -69,73 +63,78 @@ struct DownArguments {
 };
 
 constexpr int DOWN_WARPS = 16;
-constexpr int DOWN_STEPS = 4;
+constexpr int DOWN_DEPTH = 2;
 
 // One block per 16 rows of the down projections; its warps take an expert each. Item 0 is the shared expert.
 KERNEL __launch_bounds__(32 * DOWN_WARPS, 1) experts_down(const __grid_constant__ DownArguments a) {
     extern __shared__ uint4 shared_memory[];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, first = blockIdx.x * TILE;
-    int stride = entry_stride(a.inner), shared_stride = entry_stride(a.shared_inner), pairs = a.rows * TOP_K;
-    uint4* entries = shared_memory;
+    int stride = a.inner / 4, shared_stride = a.shared_inner / 4, pairs = a.rows * TOP_K;
+    Pipeline<DOWN_DEPTH>& pipeline = ((Pipeline<DOWN_DEPTH>*)shared_memory)[warp];
+    uint4* entries = shared_memory + DOWN_WARPS * sizeof(Pipeline<DOWN_DEPTH>) / sizeof(uint4);
     uint4* shared_entries = entries + pairs * stride;
     float* parts = (float*)(shared_entries + a.rows * shared_stride);  // [item, tile row, row]
 
     int items = 1 + __ldcg(&a.routing->count);  // two kernels old, see common.cuh
     auto find = [&](int item) {
-        int format = item ? a.format : a.shared.format, k = item ? a.inner : a.shared_inner, bytes = bytes_of(k, format);
-        int64_t base = item ? (int64_t)__ldcg(&a.routing->expert[item - 1]) * a.hidden : 0;
-        int64_t low = base + min(first + g, a.hidden - 1), high = base + min(first + g + 8, a.hidden - 1);
-        const uint8_t *weight = item ? a.weight : a.shared.weight, *scale = item ? a.scale : a.shared.scale;
-        RowPair rows = {weight + low * bytes, weight + high * bytes, scale + low * (k / 16), scale + high * (k / 16)};
-        return Tile{rows, bytes, format, first, item};
+        if (!item) {
+            const Segment& s = a.shared;
+            return make_tile(s.weight, s.scale, 0, 0, first, a.hidden, a.shared_inner, s.format, 0);
+        }
+        int64_t row = (int64_t)__ldcg(&a.routing->expert[item - 1]) * a.hidden;
+        return make_tile(a.weight + row * bytes_of(a.inner, a.format), a.scale + row * (a.inner / 16), 0, 0, first,
+                         a.hidden, a.inner, a.format, item);
     };
-    int item = warp, offset = (lane & 3) * 16;
-    Tile tile;
-    Weights<DOWN_STEPS> weights;
-    if (item < items) {
-        tile = find(item);
-        load(weights, tile.rows, tile.format, offset, tile.row_bytes);
-    }
+    int next_item = warp, next_at = 0;
+    Tile next;
+    if (next_item < items) next = find(next_item);
+    auto fetch_next = [&](int slot) {
+        if (next_item < items) {
+            fetch(pipeline, slot, next, next_at);
+            next_at += PASS;
+            if (next_at >= next.row_bytes) {
+                next_item += DOWN_WARPS, next_at = 0;
+                if (next_item < items) next = find(next_item);
+            }
+        }
+        copy_commit();
+    };
+    for (int slot = 0; slot < DOWN_DEPTH; slot++) fetch_next(slot);
     wait_for_previous();
     launch_next();
-    for (int i = threadIdx.x; i < pairs * (a.inner / 4); i += blockDim.x) {
-        int pair = i / (a.inner / 4), entry = i % (a.inner / 4);
-        copy_async16(entries + pair * stride + entry_place(entry), a.act + i, true);
+    for (int i = threadIdx.x; i < pairs * stride; i += blockDim.x) {
+        int pair = i / stride;
+        entries[pair * stride + entry_place(i % stride, pair)] = __ldcg(a.act + i);
     }
-    for (int i = threadIdx.x; i < a.rows * (a.shared_inner / 4); i += blockDim.x) {
-        int row = i / (a.shared_inner / 4), entry = i % (a.shared_inner / 4);
-        copy_async16(shared_entries + row * shared_stride + entry_place(entry), a.shared_act + i, true);
+    for (int i = threadIdx.x; i < a.rows * shared_stride; i += blockDim.x) {
+        int row = i / shared_stride;
+        shared_entries[row * shared_stride + entry_place(i % shared_stride, row)] = __ldcg(a.shared_act + i);
     }
-    copy_commit();
-    copy_wait<0>();
     __syncthreads();
 
     Sums sums;
-    sums.clear();
-    for (int at = offset; item < items;) {
-        int slot = g >= a.rows ? -1 : item ? __ldcg(&a.routing->slot[item - 1][g]) : 0;
-        const uint4* own = item ? entries + (g * TOP_K + slot) * stride : shared_entries + g * shared_stride;
-        auto entry = [&](int i, bool valid) {
-            return slot >= 0 && valid ? own[entry_place(i)] : make_uint4(0, 0, 0, 0);
-        };
-        multiply<DOWN_STEPS>(sums, weights, tile.format, at, tile.row_bytes, entry);
-        Tile finished = tile;
-        at += DOWN_STEPS * STEP;
-        bool last = at - offset >= tile.row_bytes;
-        if (last) at = offset, item += DOWN_WARPS;
-        if (item < items) {
-            if (last) tile = find(item);
-            load(weights, tile.rows, tile.format, at, tile.row_bytes);
+    int slot = 0;
+    for (int item = warp; item < items; item += DOWN_WARPS) {
+        Tile tile = find(item);
+        int row = g < a.rows ? g : 0;
+        int place = item ? max(__ldcg(&a.routing->slot[item - 1][row]), 0) : 0;
+        int pair = item ? row * TOP_K + place : row;
+        int own = 16 * (int)((item ? entries + pair * stride : shared_entries + pair * shared_stride) - shared_memory);
+        sums.clear();
+        for (int at = 0; at < tile.row_bytes; at += PASS) {
+            copy_wait<DOWN_DEPTH - 1>();
+            __syncwarp();
+            multiply(sums, pipeline, slot, tile.format, at, tile.row_bytes, shared_memory, own, pair);
+            __syncwarp();
+            fetch_next(slot);
+            slot ^= 1;
         }
-        if (last) {
-            int id = finished.id, column = (lane & 3) * 2;
-            const float* scale_2 = id ? a.scale_2 + __ldcg(&a.routing->expert[id - 1]) : a.shared.scale_2;
-            float factor = factor_of(finished.format, scale_2);
-            float* out = parts + id * TILE * MAX_ROWS;
+        int column = (lane & 3) * 2;
+        const float* scale_2 = item ? a.scale_2 + __ldcg(&a.routing->expert[item - 1]) : a.shared.scale_2;
+        float factor = factor_of(tile.format, scale_2);
+        float* out = parts + item * TILE * MAX_ROWS;
 #pragma unroll
-            for (int i = 0; i < 4; i++) out[(g + i / 2 * 8) * MAX_ROWS + column + i % 2] = sums.total(i) * factor;
-            sums.clear();
-        }
+        for (int i = 0; i < 4; i++) out[(g + i / 2 * 8) * MAX_ROWS + column + i % 2] = sums.total(i) * factor;
     }
     __syncthreads();
     int tile_row = threadIdx.x % TILE, row = threadIdx.x / TILE, n = first + tile_row;

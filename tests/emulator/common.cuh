@@ -137,6 +137,7 @@ inline uint4 load_weights(const void* address) {
 }
 
 inline void copy_async16(void* shared, const void* global, bool valid) { emulator_copy(shared, global, 16, valid); }
+inline void copy_async4(void* shared, const void* global, bool valid) { emulator_copy(shared, global, 4, valid); }
 inline void copy_commit() { emulator_copy_commit(); }
 template <int PENDING>
 inline void copy_wait() {
