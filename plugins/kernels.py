@@ -21,8 +21,6 @@ from typing import Any
 from export.errors import UserError
 
 ROOT = Path(__file__).parent
-HEADERS = ("common.cuh",)
-SUPPORTED = "sm_80 and up"
 Dim = tuple[int, int, int]
 
 
@@ -64,7 +62,7 @@ def cached_kernels(source: Path, arch: str, defines: Mapping[str, int | str]) ->
     """`compile_kernels`, kept under $XDG_CACHE_HOME/tandem by the hash of everything that goes in."""
     from cuda.bindings import nvrtc
 
-    texts = [(ROOT / name).read_text() for name in HEADERS] + [source.read_text()]
+    texts = [path.read_text() for path in (*sorted(ROOT.rglob("*.cuh")), source)]
     key = repr((texts, arch, sorted(defines.items()), _check(nvrtc.nvrtcVersion())))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
     path = folder / f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"

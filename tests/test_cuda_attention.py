@@ -183,6 +183,10 @@ def test_decode(backend: Backend, sizes: Sizes) -> None:
         y = layer.run_decode(inputs, position)
         layer.check_cache(before, inputs, position)
         close(y, layer.expected(inputs, position), DECODE_TOLERANCE)
+        cache = layer.bytes()
+        layer.run_append(inputs, position)
+        assert torch.equal(layer.bytes(), cache), "append and decode write the same keys and values"
+        assert torch.equal(layer.run_decode(inputs, position), y)  # the emulator now runs the threads in another order
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -290,10 +294,11 @@ def test_every_e4m3_code(backend: Backend) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("sizes", REAL, ids=name)
 def test_real_sizes(sizes: Sizes) -> None:
-    properties = torch.cuda.get_device_properties(0)
+    properties: Any = torch.cuda.get_device_properties(0)
+    shared_limit = properties.shared_memory_per_block_optin
     for rows, position in [(1, 4095), (5, 4094), (8, 8191), (3, 40000)]:
         layer = Layer(GPU, sizes, position, 40960, properties.multi_processor_count)
-        layer.decode = Decode(layer.decode.module, sizes, properties.multi_processor_count, 227 << 10)
+        layer.decode = Decode(layer.decode.module, sizes, properties.multi_processor_count, shared_limit)
         layer.scratch = GPU.empty((layer.decode.scratch_bytes(40960) // 4,), torch.float32)
         inputs, before = layer.inputs(rows), layer.cache.clone()
         y = layer.run_decode(inputs, position)

@@ -120,21 +120,20 @@ def test_norm_residual_swiglu_ring_and_mixed_formats(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("heads", "dim"), [(4, 16), (3, 128), (2, 64)])
-def test_the_gate_of_gated_delta_net_in_front(backend: Backend, heads: int, dim: int) -> None:
-    k, rows, position = heads * dim, 3, 30
+def test_the_norm_per_head_in_front(backend: Backend, heads: int, dim: int) -> None:
+    """As after Gated DeltaNet: x comes gated, with the squares of what it was before, in two parts a head."""
+    k, rows = heads * dim, 3
     matrix = Matrix(backend, "fp8", 24, k)
-    o, weight, ring = torch.randn(rows, k), torch.randn(dim), torch.randn(32, k + 8)
-    tensors = [backend.tensor(t) for t in (o, weight, ring, torch.tensor([position], dtype=torch.int32))]
+    x, squares = torch.randn(rows, k), torch.rand(rows, heads, 2) * dim
+    tensors = [backend.tensor(t) for t in (x, squares)]
     out = backend.empty((rows, 24), torch.float32)
-    arguments = Input(tensors[0].data_ptr(), tensors[1].data_ptr(), tensors[2].data_ptr() + 32, tensors[3].data_ptr())
-    arguments.epsilon, arguments.x_stride, arguments.z_stride, arguments.z_ring_mask = 1e-6, k, k + 8, 31
-    arguments.head_dim, arguments.k, arguments.rows = dim, k, rows
+    arguments = Input(x=tensors[0].data_ptr(), head_squares=tensors[1].data_ptr(), epsilon=1e-6, x_stride=k)
+    arguments.head_dim, arguments.head_parts, arguments.k, arguments.rows = dim, 2, k, rows
     kernels(backend).linear(arguments, [segment(matrix, out)], backend.stream)
     backend.sync()
-    z = ring[[(position + t) % 32 for t in range(rows)], 8:].double()
-    per_head = o.double().unflatten(-1, (heads, dim))
-    normed = per_head * torch.rsqrt(per_head.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.double()
-    assert_close(out, (normed.flatten(1) * silu(z)) @ matrix.exact.T)
+    factor = torch.rsqrt(squares.double().sum(-1) / dim + 1e-6)
+    normed = x.double().unflatten(-1, (heads, dim)) * factor[..., None]
+    assert_close(out, normed.flatten(1) @ matrix.exact.T)
 
 
 class Mixture:

@@ -67,17 +67,20 @@ DEVICE void load_row(HeadRow& row, const float* x) {
 DEVICE void fill_turns(float2* turns, const float* inverse_frequencies, int position, int thread, int threads) {
     for (int i = thread; i < HALF; i += threads) {
         float sine, cosine;
-        sincosf((float)position * inverse_frequencies[i], &sine, &cosine);
+        sincosf(__fmul_rn((float)position, inverse_frequencies[i]), &sine, &cosine);
         turns[i] = make_float2(cosine, sine);
     }
 }
 
-// RMS norm with a zero-centred weight, then RoPE. Leaves the result in row.value.
+// RMS norm with a zero-centred weight, then RoPE. Leaves the result in row.value. Each rounding is spelled out, so that
+// all kernels give the same bits.
 DEVICE void norm_and_turn(HeadRow& row, const HeadRow& weight, const float2* turns, float epsilon) {
     float sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < PAIRS; j++) sum += row.value[j][0] * row.value[j][0] + row.value[j][1] * row.value[j][1];
-    float factor = rsqrtf(warp_sum(sum) / HEAD_DIM + epsilon);
+    for (int j = 0; j < PAIRS; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) sum = fmaf(row.value[j][e], row.value[j][e], sum);
+    float factor = rsqrtf(fmaf(warp_sum(sum), 1.f / HEAD_DIM, epsilon));
 #pragma unroll
     for (int j = 0; j < PAIRS; j++)
 #pragma unroll
@@ -87,7 +90,7 @@ DEVICE void norm_and_turn(HeadRow& row, const HeadRow& weight, const float2* tur
             if (j < TURNED && d < ROTARY_DIM) {
                 float partner = row.partner[j][e] * factor * (1.f + weight.partner[j][e]);
                 float2 turn = turns[d < HALF ? d : d - HALF];
-                normed = normed * turn.x + partner * (d < HALF ? -turn.y : turn.y);
+                normed = fmaf(normed, turn.x, __fmul_rn(partner, d < HALF ? -turn.y : turn.y));
             }
             row.value[j][e] = normed;
         }

@@ -49,17 +49,18 @@ DEVICE void put_row(char* tile, char* rows, int start, int slot, const float (&v
 
 // New rows of the tile: to the cache, where nobody else reads them in this launch, and to shared memory.
 DEVICE void append_rows(const DecodeArguments& a, char* shared, const float2* turns, int kv_head, int start, int first) {
-    static_assert(MAX_ROWS <= WARPS, "a warp for each row");
-    int t = threadIdx.x / 32, slot = first + t;
-    if (t >= a.rows || slot < start || slot >= start + TILE) return;
-    HeadRow row, weight;
-    float value[PAIRS][2];
-    load_row(row, a.k + (int64_t)t * a.k_stride + kv_head * HEAD_DIM);
-    load_pairs(value, a.v + (int64_t)t * a.v_stride + kv_head * HEAD_DIM);
-    load_row(weight, a.k_norm);
-    norm_and_turn(row, weight, turns + t * HALF, a.epsilon);
-    put_row(shared, cache_rows(a.kv_cache, KEYS, kv_head, a.capacity), start, slot, row.value);
-    put_row(shared + TILE_BYTES, cache_rows(a.kv_cache, VALUES, kv_head, a.capacity), start, slot, value);
+    for (int t = threadIdx.x / 32; t < a.rows; t += WARPS) {
+        int slot = first + t;
+        if (slot < start || slot >= start + TILE) continue;
+        HeadRow row, weight;
+        float value[PAIRS][2];
+        load_row(row, a.k + (int64_t)t * a.k_stride + kv_head * HEAD_DIM);
+        load_pairs(value, a.v + (int64_t)t * a.v_stride + kv_head * HEAD_DIM);
+        load_row(weight, a.k_norm);
+        norm_and_turn(row, weight, turns + t * HALF, a.epsilon);
+        put_row(shared, cache_rows(a.kv_cache, KEYS, kv_head, a.capacity), start, slot, row.value);
+        put_row(shared + TILE_BYTES, cache_rows(a.kv_cache, VALUES, kv_head, a.capacity), start, slot, value);
+    }
 }
 
 template <int QUERIES>

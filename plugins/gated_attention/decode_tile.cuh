@@ -68,7 +68,7 @@ DEVICE void put_query(char* fragments, int column, const HeadRow& row, float sca
             if (HEAD_DIM % 64 && d >= HEAD_DIM) continue;
             int lane = KV_FP8 ? i / 4 : i % 8 / 2, word = KV_FP8 ? i % 2 : i / 8, half = KV_FP8 ? i % 4 / 2 : i % 2;
             int fragment = (d / 16 * EIGHTS + column / 8) * 32 + column % 8 * 4 + lane;
-            float value = row.value[j][e] * scale;
+            float value = __fmul_rn(row.value[j][e], scale);
             uint16_t rounded = to_half(value);
             uint16_t* place = (uint16_t*)fragments + fragment * 8 + word * 2 + half;
             place[0] = rounded;

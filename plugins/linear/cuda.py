@@ -19,10 +19,10 @@ FORMATS = {"float": 0, "fp8": 1, "nvfp4": 2}  # enum Format; "float" is bfloat16
 BYTES = {0: 2.0, 1: 1.0, 2: 0.5}  # per weight
 STORE, ADD, SWIGLU = range(3)  # enum Epilogue
 PACK, PACK_NVFP4 = 1, 2  # Segment.pack
-MAX_SEGMENTS, MAX_ROWS, TILE, WARPS, STEP = 4, 8, 16, 8, 64
-RESIDENT = 3  # blocks that a multiprocessor holds: the launch bounds of the kernels
-PIPELINE = 128 * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
-DEPTH = 3
+MAX_SEGMENTS, MAX_ROWS, TILE, WARPS = 4, 8, 16, 16
+PASS = 128  # bytes of a weight row that a warp fetches at a time
+PIPELINE = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
+DEPTH = 2
 
 
 class Segment(Structure):
@@ -69,22 +69,22 @@ class Input(Structure):
     _fields_ = [
         ("x", c_void_p),
         ("norm_weight", c_void_p),
-        ("z", c_void_p),
+        ("head_squares", c_void_p),
         ("position", c_void_p),
         ("epsilon", c_float),
         ("x_stride", c_int),
-        ("z_stride", c_int),
-        ("z_ring_mask", c_int),
         ("head_dim", c_int),
+        ("head_parts", c_int),
         ("k", c_int),
         ("rows", c_int),
+        ("groups", c_int),
         ("padding", c_int),
     ]
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a launch: the warps' pipelines and the staged rows."""
-        return WARPS * DEPTH * PIPELINE + int(self.rows) * entries_bytes(self.k)
+        """Shared memory of a launch: the warps' pipelines, the staged rows, the sums of two turns."""
+        return WARPS * DEPTH * PIPELINE + int(self.rows) * (entries_bytes(self.k) + 2 * WARPS * TILE * 4)
 
 
 class Routing(Structure):
@@ -120,6 +120,16 @@ def check_k(k: int, format: str, name: str) -> None:
         raise UserError(f"{name}: {k} inputs; the cuda target takes multiples of {multiple} in this format; use cpu")
 
 
+def best_groups(tiles: int, row_bytes: int, multiprocessors: int) -> int:
+    """How many tiles a block works on side by side, so that its passes are fewest. Not a matter of the rows: the sums
+    of a tile are added in another order."""
+
+    def passes(groups: int) -> int:
+        return -(-tiles // (multiprocessors * groups)) * -(-row_bytes // (WARPS // groups * PASS))
+
+    return min((1, 2, 4), key=lambda groups: (passes(groups), -groups))
+
+
 class LinearDecode:
     """Macros of the module: NUM_EXPERTS and TOP_K, for the launches that route."""
 
@@ -140,6 +150,12 @@ class LinearDecode:
         normed: where the normed rows go, float32 [T, K]. routing: segment 0 holds router logits; choose experts."""
         assert 1 <= given.rows <= MAX_ROWS
         arguments = LinearArguments(Segments.of(segments), given, residual, residual_row, normed, routing or Routing())
-        grid = min(sum(s.tiles for s in segments), RESIDENT * self.multiprocessors)
+        tiles = sum(s.tiles for s in segments)
+        largest = max(segments, key=lambda s: s.n * BYTES[s.format])
+        # Blocks stage their rows for one format at a time: groups of tiles must not straddle segments that differ.
+        mixed = len({s.format == FORMATS["nvfp4"] for s in segments}) > 1
+        row_bytes = int(given.k * BYTES[largest.format])
+        arguments.input.groups = groups = 1 if mixed else best_groups(tiles, row_bytes, self.multiprocessors)
+        grid = min(-(-tiles // groups), self.multiprocessors)
         kernel = self.module.kernel("linear")
         kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.shared_bytes)

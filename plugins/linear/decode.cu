@@ -27,49 +27,69 @@ DEVICE Tile find_tile(const Segments& segments, int index, int k) {
     return make_tile(s.weight, s.scale, pair ? s.weight_up : 0, s.scale_up, index * (pair ? 8 : 16), s.n, k, s.format, i);
 }
 
-DEVICE void finish(const LinearArguments& a, const Shared& shared, const Tile& tile, int buffer) {
+// What a thread that finishes one value of a tile needs, where it has one.
+struct Prepared {
+    bool valid;
+    int slot;
+    float factor, factor_up, residual;
+};
+
+DEVICE Prepared prepare(const LinearArguments& a, const Staged& staged, const Tile& tile, int thread) {
     const Segment& s = a.segments.segment[tile.id];
     bool pair = s.epilogue == SWIGLU;
-    int tile_row = threadIdx.x % (pair ? 8 : 16), row = threadIdx.x / (pair ? 8 : 16), n = tile.first + tile_row;
-    if (row >= a.input.rows || n >= s.n) return;
-    float factor = rms_factor(shared, a.input, row);
-    float y = sum_of_warps(shared, buffer, tile_row, row) * (factor * factor_of(s.format, s.scale_2));
-    if (pair) {
-        y = silu(y) * (sum_of_warps(shared, buffer, tile_row + 8, row) * (factor * factor_of(s.format, s.scale_2_up)));
-    }
-    if (s.epilogue == ADD) {
-        int from = a.residual_row ? row + __ldcg(a.residual_row) : row;
-        y += __ldcg(a.residual + (int64_t)from * s.out_stride + n);
-    }
-    int slot = s.ring_mask ? (__ldcg(a.input.position) + row) & s.ring_mask : row;
-    if (s.pack) put_value((uint4*)s.out + (int64_t)slot * (s.out_stride / 4), n, y, s.pack == 2);
-    else ((float*)s.out)[(int64_t)slot * s.out_stride + n] = y;
+    int row = thread / (pair ? 8 : 16), n = tile.first + thread % (pair ? 8 : 16);
+    Prepared p = {row < a.input.rows && n < s.n, row, 0.f, 0.f, 0.f};
+    if (!p.valid) return p;
+    p.factor = p.factor_up = rms_factor(staged, a.input, row);
+    p.factor *= factor_of(s.format, s.scale_2);
+    if (pair) p.factor_up *= factor_of(s.format, s.scale_2_up);
+    if (s.ring_mask) p.slot = (__ldcg(a.input.position) + row) & s.ring_mask;
+    int from = a.residual_row ? row + __ldcg(a.residual_row) : row;
+    if (s.epilogue == ADD) p.residual = __ldcg(a.residual + (int64_t)from * s.out_stride + n);
+    return p;
 }
 
-DEVICE void write_normed(const LinearArguments& a, const Shared& shared) {
+DEVICE void finish(const LinearArguments& a, const Tile& tile, int thread, const Partial& partial, const Prepared& p) {
+    if (!p.valid) return;
+    const Segment& s = a.segments.segment[tile.id];
+    bool pair = s.epilogue == SWIGLU;
+    int tile_row = thread % (pair ? 8 : 16), row = thread / (pair ? 8 : 16), n = tile.first + tile_row;
+    float y = partial.get(tile_row, row) * p.factor;
+    if (pair) y = silu(y) * (partial.get(tile_row + 8, row) * p.factor_up);
+    y += p.residual;
+    if (s.pack) put_value((uint4*)s.out + (int64_t)p.slot * (s.out_stride / 4), n, y, s.pack == 2);
+    else ((float*)s.out)[(int64_t)p.slot * s.out_stride + n] = y;
+}
+
+DEVICE void write_normed(const LinearArguments& a, const Staged& staged) {
     const Input& in = a.input;
     for (int i = threadIdx.x; i < in.rows * in.k; i += THREADS) {
         int row = i / in.k, k = i % in.k;
         float x = __ldcg(in.x + (int64_t)row * in.x_stride + k);
-        a.normed[i] = x * (1.f + in.norm_weight[k]) * rms_factor(shared, in, row);
+        a.normed[i] = x * (1.f + in.norm_weight[k]) * rms_factor(staged, in, row);
     }
 }
 
-KERNEL __launch_bounds__(THREADS, 3) linear(const __grid_constant__ LinearArguments a) {
+KERNEL __launch_bounds__(THREADS, 2) linear(const __grid_constant__ LinearArguments a) {
     extern __shared__ uint4 shared_memory[];
-    __shared__ Shared shared;
+    __shared__ Staged staged;
+    const Segments& segments = a.segments;
     auto total = [&] {
         int tiles = 0;
-        for (int i = 0; i < a.segments.count; i++) tiles += tiles_of(a.segments.segment[i]);
+        for (int i = 0; i < segments.count; i++) tiles += tiles_of(segments.segment[i]);
         return tiles;
     };
-    auto find = [&](int index) { return find_tile(a.segments, index, a.input.k); };
+    auto find = [&](int index) { return find_tile(segments, index, a.input.k); };
     auto started = [&] {
-        if (a.normed && blockIdx.x == 0) write_normed(a, shared);
+        if (a.normed && blockIdx.x == 0) write_normed(a, staged);
     };
-    auto done = [&](const Tile& tile, int buffer) {
-        finish(a, shared, tile, buffer);
-        if (a.routing.logits && tile.id == 0) route_when_last(a.routing, a.input.rows, tiles_of(a.segments.segment[0]));
+    auto prepare_value = [&](const Tile& tile, int thread) { return prepare(a, staged, tile, thread); };
+    auto finish_value = [&](const Tile& tile, int thread, const Partial& partial, const Prepared& p) {
+        finish(a, tile, thread, partial, p);
     };
-    go_through_tiles<true>(a.input, shared_memory, shared, total, find, started, done);
+    auto turned = [&](int index) {
+        if (a.routing.logits && index < tiles_of(segments.segment[0]))
+            route_when_last(a.routing, a.input.rows, tiles_of(segments.segment[0]));
+    };
+    go_through_tiles<true>(a.input, shared_memory, staged, total, find, started, prepare_value, finish_value, turned);
 }

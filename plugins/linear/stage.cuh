@@ -1,129 +1,138 @@
-// Staging of activation rows in shared memory for plugins/linear/tile.cuh, with what stands before the product.
+// A block of 16 warps that multiplies staged rows with tiles of weights; the frame of linear layers and experts_up.
+//
+// One block fills less than half a multiprocessor, so that the next kernel's block moves in while this one works and
+// starts fetching its weights: memory is kept busy through what kernels spend waiting for each other.
 #pragma once
 #include "tile.cuh"
 
-constexpr int WARPS = 8;
+constexpr int WARPS = 16;
 constexpr int THREADS = 32 * WARPS;
+constexpr int SEGMENT_K = 256;      // k that a warp stages at a time
+constexpr int MAX_K_SEGMENTS = 96;  // so k <= 24576
 
 struct Input {
     const float* x;             // row t: x + t * x_stride
-    const float* norm_weight;   // null: x as it is
-    const float* z;             // null, or the gate of Gated DeltaNet: x = norm_weight * rms(x per head) * silu(z)
-    const int* position;        // of row 0; addresses the rings
+    const float* norm_weight;   // null, or a zero-centred RMS norm in front
+    const float* head_squares;  // null, or [T, k / head_dim, head_parts]: x is to be divided by the root mean square of
+    const int* position;        //   every head, whose squares these are. position: of row 0; addresses rings
     float epsilon;
     int x_stride;
-    int z_stride;
-    int z_ring_mask;
-    int head_dim;               // of the gated norm: 8 to 256, a power of two
+    int head_dim;
+    int head_parts;
     int k;
     int rows;
+    int groups;                 // 1, 2 or 4 tiles that the block works on side by side; its warps share them out
     int padding;
 };
 
-struct Shared {
-    float squares[WARPS][MAX_ROWS];    // partial sums of squares
-    float partial[2][WARPS][TILE * MAX_ROWS];
+struct Staged {
+    float squares[MAX_ROWS][MAX_K_SEGMENTS];  // sums of squares per SEGMENT_K
 };
 
-// x -> norm_weight * rms(x per head) * silu(z) for the lane's eight values; a head's lanes are neighbours.
-DEVICE void gate_heads(float (&x)[8], const Input& in, int row, int k) {
-    int slot = in.z_ring_mask ? (__ldcg(in.position) + row) & in.z_ring_mask : row;
-    float z[8] = {}, sum = 0.f;
-    if (k < in.k) load_eight(z, in.z + (int64_t)slot * in.z_stride + k);
-#pragma unroll
-    for (int i = 0; i < 8; i++) sum += x[i] * x[i];
-    for (int offset = in.head_dim / 16; offset; offset >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-    float factor = rsqrtf(sum / in.head_dim + in.epsilon);
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] *= factor * in.norm_weight[(k + i) & (in.head_dim - 1)] * silu(z[i]);
+DEVICE float head_factor(const Input& in, int row, int k) {
+    const float* parts = in.head_squares + ((int64_t)row * (in.k / in.head_dim) + k / in.head_dim) * in.head_parts;
+    float sum = 0.f;
+    for (int i = 0; i < in.head_parts; i++) sum += __ldcg(parts + i);
+    return rsqrtf(sum / in.head_dim + in.epsilon);
 }
 
-// Entries of all rows; where there is a zero-centred norm, x * (1 + weight), and its squares for `rms_factor`: the
-// row's factor is applied to the product, so that staging takes one pass.
-DEVICE void stage(uint4* entries, Shared& shared, const Input& in, bool nvfp4) {
+// Entries of all rows. With a norm in front, x * (1 + weight) and its squares: the row's factor is applied to the
+// product instead, so that staging takes one pass. Two pieces a turn, so that their loads wait together.
+DEVICE void stage(uint4* entries, Staged& staged, const Input& in, bool nvfp4) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    for (int t = 0; t < in.rows; t++) {
-        uint4* row = entries + t * (in.k / 4);
-        float squares = 0.f;
-        for (int from = warp * 256; from < in.k; from += WARPS * 256) {
-            int k = from + lane * 8;
-            float x[8] = {}, w[8];
-            if (k < in.k) load_eight(x, in.x + (int64_t)t * in.x_stride + k);
-            if (in.z) {
-                gate_heads(x, in, t, k);
-            } else if (in.norm_weight && k < in.k) {
-                load_eight(w, in.norm_weight + k);
+    int segments = (in.k + SEGMENT_K - 1) / SEGMENT_K, pieces = in.rows * segments;
+    for (int from = warp; from < pieces; from += 2 * WARPS) {
+        float x[2][8] = {}, w[2][8] = {}, factor[2] = {1.f, 1.f};
 #pragma unroll
-                for (int i = 0; i < 8; i++) squares += x[i] * x[i], x[i] *= 1.f + w[i];
-            }
-            if (k < in.k) make_entries(row[entry_place(k / 4, t)], row[entry_place(k / 4 + 1, t)], x, nvfp4);
+        for (int i = 0; i < 2; i++) {
+            int piece = from + i * WARPS, row = piece / segments, k = piece % segments * SEGMENT_K + lane * 8;
+            if (piece >= pieces || k >= in.k) continue;
+            load_eight(x[i], in.x + (int64_t)row * in.x_stride + k);
+            if (in.norm_weight) load_eight(w[i], in.norm_weight + k);
+            if (in.head_squares) factor[i] = head_factor(in, row, k);
         }
-        if (in.norm_weight && !in.z) {
-            squares = warp_sum(squares);
-            if (lane == 0) shared.squares[warp][t] = squares;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int piece = from + i * WARPS, row = piece / segments, k = piece % segments * SEGMENT_K + lane * 8;
+            if (piece >= pieces) break;
+            float squares = 0.f;
+#pragma unroll
+            for (int j = 0; j < 8; j++) squares += x[i][j] * x[i][j], x[i][j] *= factor[i] * (1.f + w[i][j]);
+            if (in.norm_weight) {
+                squares = warp_sum(squares);
+                if (lane == 0) staged.squares[row][piece % segments] = squares;
+            }
+            uint4* out = entries + row * (in.k / 4);
+            if (k < in.k) make_entries(out[entry_place(k / 4, row)], out[entry_place(k / 4 + 1, row)], x[i], nvfp4);
         }
     }
     __syncthreads();
 }
 
-DEVICE float rms_factor(const Shared& shared, const Input& in, int row) {
-    if (!in.norm_weight || in.z) return 1.f;
+DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
+    if (!in.norm_weight) return 1.f;
     float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += shared.squares[w][row];
+    for (int i = 0; i < (in.k + SEGMENT_K - 1) / SEGMENT_K; i++) sum += staged.squares[row][i];
     return rsqrtf(sum / in.k + in.epsilon);
 }
 
-// A warp's share of a tile -> shared.partial[buffer][warp][tile row * MAX_ROWS + row].
-DEVICE void put_sums(Shared& shared, int buffer, const Sums& sums, int rows) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, column = (lane & 3) * 2;
-    float* out = shared.partial[buffer][warp];
-    if (column < rows) {
-        out[g * MAX_ROWS + column] = sums.total(0);
-        out[g * MAX_ROWS + column + 1] = sums.total(1);
-        out[(g + 8) * MAX_ROWS + column] = sums.total(2);
-        out[(g + 8) * MAX_ROWS + column + 1] = sums.total(3);
-    }
-}
-
-DEVICE float sum_of_warps(const Shared& shared, int buffer, int tile_row, int row) {
-    float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += shared.partial[buffer][w][tile_row * MAX_ROWS + row];
-    return sum;
-}
-
-constexpr int DEPTH = 3;  // passes that a warp has under way
+constexpr int DEPTH = 2;  // passes that a warp has under way
 typedef Pipeline<DEPTH> WarpPipeline;
 constexpr int PIPELINES = WARPS * sizeof(WarpPipeline) / sizeof(uint4);
 
-// A block goes through the tiles blockIdx.x, blockIdx.x + gridDim.x, ..., its warps sharing a tile's k, in passes.
-// EARLY: tiles are known before the previous kernel has ended. total(): number of tiles; find(index): a tile;
-// started(): called once after staging; finish(tile, buffer): its sums are in shared.partial[buffer].
-// shared_memory: the warps' pipelines, then the entries of the rows.
-template <bool EARLY, typename Total, typename Find, typename Started, typename Finish>
-DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Shared& shared, const Total& total,
-                             const Find& find, const Started& started, const Finish& finish) {
+// The warps' sums of a tile, [warp, tile row, row], in two buffers that take turns.
+struct Partial {
+    float* sums;
+    int rows, warps;  // warps of a group
+
+    DEVICE void put(const Sums& s) const {
+        int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, column = (lane & 3) * 2;
+        float* out = sums + warp * TILE * rows;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (column + i % 2 < rows) out[(g + i / 2 * 8) * rows + column + i % 2] = s.total(i);
+    }
+    DEVICE float get(int tile_row, int row) const {
+        const float* from = sums + (threadIdx.x >> 5) / warps * warps * TILE * rows + tile_row * rows + row;
+        float sum = 0.f;
+        for (int w = 0; w < warps; w++) sum += from[w * TILE * rows];
+        return sum;
+    }
+};
+
+// A block goes through tiles in turns of in.groups. EARLY: tiles are known before the previous kernel has ended.
+// total(): number of tiles; find(index): a tile; started(): called once after staging; prepare(tile, thread): what
+// `finish` will need from memory, asked for before the product; finish(tile, thread, partial, prepared): called by the
+// threads of the tile's group, numbered from 0; turned(): by all, after each turn.
+// shared_memory: the warps' pipelines, the entries of the rows, the sums.
+template <bool EARLY, typename Total, typename Find, typename Started, typename Prepare, typename Finish, typename Turned>
+DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Staged& staged, const Total& total,
+                             const Find& find, const Started& started, const Prepare& prepare, const Finish& finish,
+                             const Turned& turned) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, column = lane >> 2;
+    int warps = WARPS / in.groups, group = warp / warps, thread = threadIdx.x % (32 * warps);
     WarpPipeline& pipeline = ((WarpPipeline*)shared_memory)[warp];
     uint4* entries = shared_memory + PIPELINES;
-    const int begin = warp * PASS;
+    Partial partial = {(float*)(entries + in.rows * (in.k / 4)), in.rows, warps};
+    int other_buffer = WARPS * TILE * in.rows;
+    const int begin = warp % warps * PASS, pass = warps * PASS, turn = gridDim.x * in.groups;
+    const int first = blockIdx.x * in.groups + group;
     int tiles = EARLY ? total() : 0;
     if (!EARLY) {
         wait_for_previous();
         launch_next();
         tiles = total();
     }
-    if ((int)blockIdx.x >= tiles) return;  // with EARLY there is a tile for every block
 
-    int next_index = blockIdx.x, next_at = begin;
-    Tile next = find(next_index);
+    int next_index = first, next_at = begin;
+    Tile next;
+    if (first < tiles) next = find(first);
     auto fetch_next = [&](int slot) {
         if (next_index < tiles) {
             fetch(pipeline, slot, next, next_at);
-            next_at += WARPS * PASS;
+            next_at += pass;
             if (next_at - begin >= next.row_bytes) {
-                next_index += gridDim.x, next_at = begin;
+                next_index += turn, next_at = begin;
                 if (next_index < tiles) next = find(next_index);
             }
         }
@@ -134,30 +143,34 @@ DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Shared& shar
         wait_for_previous();
         launch_next();
     }
-    int staged = -1, buffer = 0, slot = 0, row = column < in.rows ? column : 0;
+    int order = -1, slot = 0, row = column < in.rows ? column : 0;
     const int own = 16 * (PIPELINES + row * (in.k / 4));
     Sums sums;
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-        Tile tile = find(index);
-        int order = tile.format == NVFP4;
-        if (order != staged) {
-            if (staged >= 0) __syncthreads();  // slower warps still read the other order
-            stage(entries, shared, in, order);
-            if (staged < 0) started();
-            staged = order;
+    for (int index = first; index - group < tiles; index += turn) {
+        bool is_tile = index < tiles;
+        Tile tile = find(is_tile ? index : tiles - 1);
+        if (order != (tile.format == NVFP4)) {  // the same in all groups of a block: see host side
+            if (order >= 0) __syncthreads();    // slower warps still read the other order
+            stage(entries, staged, in, tile.format == NVFP4);
+            if (order < 0) started();
+            order = tile.format == NVFP4;
         }
-        sums.clear();
-        for (int at = begin; at - begin < tile.row_bytes; at += WARPS * PASS) {
-            copy_wait<DEPTH - 1>();
-            __syncwarp();
-            multiply(sums, pipeline, slot, tile.format, at, tile.row_bytes, shared_memory, own, row);
-            __syncwarp();
-            fetch_next(slot);
-            slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        auto prepared = prepare(tile, thread);
+        if (is_tile) {
+            sums.clear();
+            for (int at = begin; at - begin < tile.row_bytes; at += pass) {
+                copy_wait<DEPTH - 1>();
+                __syncwarp();
+                multiply(sums, pipeline, slot, tile.format, at, tile.row_bytes, shared_memory, own, row);
+                __syncwarp();
+                fetch_next(slot);
+                slot ^= 1;
+            }
+            partial.put(sums);
         }
-        put_sums(shared, buffer, sums, in.rows);
         __syncthreads();
-        finish(tile, buffer);
-        buffer ^= 1;
+        if (is_tile) finish(tile, thread, partial, prepared);
+        turned(index - group);
+        partial.sums += other_buffer, other_buffer = -other_buffer;
     }
 }

@@ -54,30 +54,23 @@ DEVICE void load_eight(float (&x)[8], const float* address) {
 DEVICE int bytes_of(int k, int format) { return format == NVFP4 ? k / 2 : format == FP8 ? k : 2 * k; }
 
 // 16 weight rows: two runs of eight, 0..7 and 8..15 of a matrix, or eight of a gate and eight of an up projection.
+// Pointers are the lane's: to its 16 bytes of the first step of its two rows, and to its four scales.
 struct Tile {
-    const uint8_t *low, *high;              // first rows of the runs
-    const uint8_t *scale_low, *scale_high;  // NVFP4
-    int low_last, high_last;                // rows past these are read as these; their products are nobody's
+    const uint8_t *low, *high, *scale_low, *scale_high;
     int row_bytes;
     int format;
     int first;  // row of the matrix
     int id;     // of the segment or the item
 };
 
+// Rows past n are read as row n - 1; their products are nobody's.
 DEVICE Tile make_tile(const uint8_t* weight, const uint8_t* scale, const uint8_t* weight_up, const uint8_t* scale_up,
                       int first, int n, int k, int format, int id) {
-    Tile tile;
-    tile.row_bytes = bytes_of(k, format), tile.format = format, tile.first = first, tile.id = id;
-    tile.low_last = min(7, n - 1 - first);
-    int high = first;
-    tile.high_last = tile.low_last;
-    if (!weight_up) {
-        weight_up = weight, scale_up = scale, high = min(first + 8, n - 1);
-        tile.high_last = min(7, n - 1 - high);
-    }
-    tile.low = weight + (int64_t)first * tile.row_bytes, tile.high = weight_up + (int64_t)high * tile.row_bytes;
-    tile.scale_low = scale + (int64_t)first * (k / 16), tile.scale_high = scale_up + (int64_t)high * (k / 16);
-    return tile;
+    int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3, bytes = bytes_of(k, format), scales = k / 16;
+    int64_t low = min(first + g, n - 1), high = weight_up ? low : min(first + g + 8, n - 1);
+    if (!weight_up) weight_up = weight, scale_up = scale;
+    return {weight + low * bytes + t * 16, weight_up + high * bytes + t * 16, scale + low * scales + t * 4,
+            scale_up + high * scales + t * 4, bytes, format, first, id};
 }
 
 constexpr int STEPS = 2;              // a warp's pass: 128 bytes of each of 16 rows
@@ -93,22 +86,18 @@ struct Pipeline {
 // Starts copying the bytes at..at + PASS of the tile's rows; bytes past a row's end come as zeros.
 template <int DEPTH>
 DEVICE void fetch(Pipeline<DEPTH>& pipeline, int slot, const Tile& tile, int at) {
-    int lane = threadIdx.x & 31, g = lane >> 2, offset = at + (lane & 3) * 16;
-    const uint8_t* low = tile.low + min(g, tile.low_last) * tile.row_bytes + offset;
-    const uint8_t* high = tile.high + min(g, tile.high_last) * tile.row_bytes + offset;
+    int lane = threadIdx.x & 31, t = lane & 3;
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
-        bool valid = offset + s * STEP < tile.row_bytes;
-        copy_async16(&pipeline.codes[slot][s][0][lane], valid ? low + s * STEP : tile.low, valid);
-        copy_async16(&pipeline.codes[slot][s][1][lane], valid ? high + s * STEP : tile.low, valid);
+        int offset = at + s * STEP;
+        bool valid = offset + t * 16 < tile.row_bytes;
+        copy_async16(&pipeline.codes[slot][s][0][lane], tile.low + (valid ? offset : 0), valid);
+        copy_async16(&pipeline.codes[slot][s][1][lane], tile.high + (valid ? offset : 0), valid);
     }
     if (tile.format == NVFP4) {
-        int place = at / 8 + (lane & 3) * 4, scale_bytes = tile.row_bytes / 8;
-        bool valid = place < scale_bytes;
-        const uint8_t* scale_low = tile.scale_low + min(g, tile.low_last) * scale_bytes + place;
-        const uint8_t* scale_high = tile.scale_high + min(g, tile.high_last) * scale_bytes + place;
-        copy_async4(&pipeline.scales[slot][g][lane & 3], valid ? scale_low : tile.scale_low, valid);
-        copy_async4(&pipeline.scales[slot][g + 8][lane & 3], valid ? scale_high : tile.scale_low, valid);
+        bool valid = at / 8 + t * 4 < tile.row_bytes / 8;
+        copy_async4(&pipeline.scales[slot][lane >> 2][t], tile.scale_low + (valid ? at / 8 : 0), valid);
+        copy_async4(&pipeline.scales[slot][(lane >> 2) + 8][t], tile.scale_high + (valid ? at / 8 : 0), valid);
     }
 }
 
@@ -138,20 +127,19 @@ DEVICE uint32_t fp8_pair(uint32_t codes) {
     return mul_bf16x2((magnitude & 0x07f007f0u) | (sign & 0x80008000u), 0x7b807b80u);
 }
 
-// Four independent chains of sums: high and low parts of even and odd entries.
+// Two independent chains of sums: high and low parts of the rows.
 struct Sums {
-    float c[4][4];
+    float high[4], low[4];
     DEVICE void clear() {
 #pragma unroll
-        for (int i = 0; i < 16; i++) c[i / 4][i % 4] = 0.f;
+        for (int i = 0; i < 4; i++) high[i] = low[i] = 0.f;
     }
-    DEVICE float total(int i) const { return (c[0][i] + c[2][i]) + (c[1][i] + c[3][i]); }
+    DEVICE float total(int i) const { return high[i] + low[i]; }
 };
 
-template <int PARITY>
 DEVICE void accumulate(Sums& sums, const uint32_t (&a)[4], const uint4& b) {
-    mma_bf16(sums.c[2 * PARITY], a, b.x, b.y);
-    mma_bf16(sums.c[2 * PARITY + 1], a, b.z, b.w);
+    mma_bf16(sums.high, a, b.x, b.y);
+    mma_bf16(sums.low, a, b.z, b.w);
 }
 
 template <int WORD>
@@ -162,8 +150,8 @@ DEVICE void multiply_nvfp4(Sums& sums, const uint4& low, const uint4& high, uint
                          nvfp4_pair<1>(h, scale_high)};
     uint32_t second[4] = {nvfp4_pair<2>(l, scale_low), nvfp4_pair<2>(h, scale_high), nvfp4_pair<3>(l, scale_low),
                           nvfp4_pair<3>(h, scale_high)};
-    accumulate<0>(sums, first, b0);
-    accumulate<1>(sums, second, b1);
+    accumulate(sums, first, b0);
+    accumulate(sums, second, b1);
 }
 
 // sums += a pass of weights times the entries of a row. row: where the entries of the lane's column of the
@@ -195,14 +183,13 @@ DEVICE void multiply(Sums& sums, const Pipeline<DEPTH>& pipeline, int slot, int 
             for (int j = 0; j < 4; j++) {
                 uint32_t l = word(low, j), h = word(high, j);
                 uint32_t a[4] = {fp8_pair<0>(l), fp8_pair<0>(h), fp8_pair<1>(l), fp8_pair<1>(h)};
-                if (j & 1) accumulate<1>(sums, a, entry(j));
-                else accumulate<0>(sums, a, entry(j));
+                accumulate(sums, a, entry(j));
             }
         } else {
             place += 16 * entry_place(offset / 8, parity);
             uint32_t even[4] = {low.x, high.x, low.y, high.y}, odd[4] = {low.z, high.z, low.w, high.w};
-            accumulate<0>(sums, even, entry(0));
-            accumulate<1>(sums, odd, entry(1));
+            accumulate(sums, even, entry(0));
+            accumulate(sums, odd, entry(1));
         }
     }
 }

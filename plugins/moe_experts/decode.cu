@@ -17,9 +17,14 @@ struct UpArguments {
     int inner;
 };
 
-KERNEL __launch_bounds__(THREADS, 3) experts_up(const __grid_constant__ UpArguments a) {
+struct PreparedAct {
+    int pair;  // row * TOP_K + slot, or -1
+    float factor, factor_up;
+};
+
+KERNEL __launch_bounds__(THREADS, 2) experts_up(const __grid_constant__ UpArguments a) {
     extern __shared__ uint4 shared_memory[];
-    __shared__ Shared shared;
+    __shared__ Staged staged;
     int tiles = (a.inner + 7) / 8, k = a.input.k;
     auto total = [&] { return __ldcg(&a.routing->count) * tiles; };
     auto find = [&](int index) {
@@ -30,18 +35,26 @@ KERNEL __launch_bounds__(THREADS, 3) experts_up(const __grid_constant__ UpArgume
         return make_tile(a.weight + gate * bytes, scale + gate * scales, a.weight + up * bytes, scale + up * scales,
                          index % tiles * 8, a.inner, k, a.format, item);
     };
-    auto finish = [&](const Tile& tile, int buffer) {
-        int tile_row = threadIdx.x % 8, row = threadIdx.x / 8, n = tile.first + tile_row;
-        if (row >= a.input.rows || n >= a.inner) return;
+    auto prepare = [&](const Tile& tile, int thread) {
+        int row = thread / 8;
+        PreparedAct p = {-1, 0.f, 0.f};
+        if (row >= a.input.rows || tile.first + thread % 8 >= a.inner) return p;
         int slot = __ldcg(&a.routing->slot[tile.id][row]);
-        if (slot < 0) return;
         const float* scale_2 = a.scale_2 + 2 * __ldcg(&a.routing->expert[tile.id]);
-        float factor = rms_factor(shared, a.input, row);
-        float gate = sum_of_warps(shared, buffer, tile_row, row) * (factor * factor_of(a.format, scale_2));
-        float up = sum_of_warps(shared, buffer, tile_row + 8, row) * (factor * factor_of(a.format, scale_2 + 1));
-        put_value(a.act + (int64_t)(row * TOP_K + slot) * (a.inner / 4), n, silu(gate) * up, a.format == NVFP4);
+        float factor = rms_factor(staged, a.input, row);
+        p.pair = slot < 0 ? -1 : row * TOP_K + slot;
+        p.factor = factor * factor_of(a.format, scale_2);
+        p.factor_up = factor * factor_of(a.format, scale_2 + 1);
+        return p;
     };
-    go_through_tiles<false>(a.input, shared_memory, shared, total, find, [] {}, finish);
+    auto finish = [&](const Tile& tile, int thread, const Partial& partial, const PreparedAct& p) {
+        if (p.pair < 0) return;
+        float gate = partial.get(thread % 8, thread / 8) * p.factor;
+        float up = partial.get(thread % 8 + 8, thread / 8) * p.factor_up;
+        uint4* act = a.act + (int64_t)p.pair * (a.inner / 4);
+        put_value(act, tile.first + thread % 8, silu(gate) * up, a.format == NVFP4);
+    };
+    go_through_tiles<false>(a.input, shared_memory, staged, total, find, [] {}, prepare, finish, [](int) {});
 }
 
 struct DownArguments {
@@ -66,7 +79,7 @@ constexpr int DOWN_WARPS = 16;
 constexpr int DOWN_DEPTH = 2;
 
 // One block per 16 rows of the down projections; its warps take an expert each. Item 0 is the shared expert.
-KERNEL __launch_bounds__(32 * DOWN_WARPS, 1) experts_down(const __grid_constant__ DownArguments a) {
+KERNEL __launch_bounds__(32 * DOWN_WARPS, 2) experts_down(const __grid_constant__ DownArguments a) {
     extern __shared__ uint4 shared_memory[];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, first = blockIdx.x * TILE;
     int stride = a.inner / 4, shared_stride = a.shared_inner / 4, pairs = a.rows * TOP_K;
