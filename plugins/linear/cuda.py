@@ -19,10 +19,10 @@ FORMATS = {"float": 0, "fp8": 1, "nvfp4": 2}  # enum Format; "float" is bfloat16
 BYTES = {0: 2.0, 1: 1.0, 2: 0.5}  # per weight
 STORE, ADD, SWIGLU = range(3)  # enum Epilogue
 PACK, PACK_NVFP4 = 1, 2  # Segment.pack
-MAX_SEGMENTS, MAX_ROWS, TILE, WARPS = 4, 8, 16, 16
+MAX_SEGMENTS, MAX_ROWS, TILE = 4, 8, 16
+WARPS, RESIDENT, DEPTH = 8, 3, 2  # of a block; blocks that a multiprocessor holds; passes under way (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
 PIPELINE = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
-DEPTH = 2
 
 
 class Segment(Structure):
@@ -125,9 +125,10 @@ def best_groups(tiles: int, row_bytes: int, multiprocessors: int) -> int:
     of a tile are added in another order."""
 
     def passes(groups: int) -> int:
-        return -(-tiles // (multiprocessors * groups)) * -(-row_bytes // (WARPS // groups * PASS))
+        return -(-tiles // (RESIDENT * multiprocessors * groups)) * -(-row_bytes // (WARPS // groups * PASS))
 
-    return min((1, 2, 4), key=lambda groups: (passes(groups), -groups))
+    choices = [groups for groups in (1, 2, 4) if 32 * WARPS // groups >= TILE * MAX_ROWS]  # a thread per value
+    return min(choices, key=lambda groups: (passes(groups), -groups))
 
 
 class LinearDecode:
@@ -156,6 +157,6 @@ class LinearDecode:
         mixed = len({s.format == FORMATS["nvfp4"] for s in segments}) > 1
         row_bytes = int(given.k * BYTES[largest.format])
         arguments.input.groups = groups = 1 if mixed else best_groups(tiles, row_bytes, self.multiprocessors)
-        grid = min(-(-tiles // groups), self.multiprocessors)
+        grid = min(-(-tiles // groups), RESIDENT * self.multiprocessors)
         kernel = self.module.kernel("linear")
         kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.shared_bytes)

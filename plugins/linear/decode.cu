@@ -70,7 +70,7 @@ DEVICE void write_normed(const LinearArguments& a, const Staged& staged) {
     }
 }
 
-KERNEL __launch_bounds__(THREADS, 2) linear(const __grid_constant__ LinearArguments a) {
+KERNEL __launch_bounds__(THREADS, RESIDENT) linear(const __grid_constant__ LinearArguments a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
     const Segments& segments = a.segments;
@@ -89,7 +89,7 @@ KERNEL __launch_bounds__(THREADS, 2) linear(const __grid_constant__ LinearArgume
     };
     auto turned = [&](int index) {
         if (a.routing.logits && index < tiles_of(segments.segment[0]))
-            route_when_last(a.routing, a.input.rows, tiles_of(segments.segment[0]));
+            route_when_last(a.routing, a.input.rows, (tiles_of(segments.segment[0]) + a.input.groups - 1) / a.input.groups);
     };
     go_through_tiles<true>(a.input, shared_memory, staged, total, find, started, prepare_value, finish_value, turned);
 }

@@ -5,7 +5,16 @@
 #pragma once
 #include "tile.cuh"
 
-constexpr int WARPS = 16;
+#ifndef BLOCK_WARPS
+#define BLOCK_WARPS 8
+#endif
+#ifndef RESIDENT
+#define RESIDENT 3
+#endif
+#ifndef PIPELINE_DEPTH
+#define PIPELINE_DEPTH 2
+#endif
+constexpr int WARPS = BLOCK_WARPS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int SEGMENT_K = 256;      // k that a warp stages at a time
 constexpr int MAX_K_SEGMENTS = 96;  // so k <= 24576
@@ -76,7 +85,7 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
     return rsqrtf(sum / in.k + in.epsilon);
 }
 
-constexpr int DEPTH = 2;  // passes that a warp has under way
+constexpr int DEPTH = PIPELINE_DEPTH;  // passes that a warp has under way
 typedef Pipeline<DEPTH> WarpPipeline;
 constexpr int PIPELINES = WARPS * sizeof(WarpPipeline) / sizeof(uint4);
 
@@ -164,7 +173,7 @@ DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Staged& stag
                 multiply(sums, pipeline, slot, tile.format, at, tile.row_bytes, shared_memory, own, row);
                 __syncwarp();
                 fetch_next(slot);
-                slot ^= 1;
+                slot = slot + 1 == DEPTH ? 0 : slot + 1;
             }
             partial.put(sums);
         }

@@ -112,10 +112,12 @@ DEVICE uint32_t nvfp4_scale(uint32_t byte) {
     return __byte_perm(__float_as_uint(scale), 0, 0x3232);
 }
 
+// The product puts a nibble's magnitude and its sign into place at once, on the multipliers' pipe: the shifts and masks
+// are what limits this kernel, not memory.
 template <int I>
 DEVICE uint32_t nvfp4_pair(uint32_t codes, uint32_t scale) {
-    uint32_t magnitude = I < 2 ? codes << (6 - 4 * I) : codes >> (4 * I - 6);
-    uint32_t bits = (magnitude & 0x01c001c0u) | ((codes << (12 - 4 * I)) & 0x80008000u);
+    constexpr uint32_t MASK = I & 1 ? 0x00f000f0u : 0x000f000fu, FACTOR = I & 1 ? (1 << 2) + (1 << 8) : (1 << 6) + (1 << 12);
+    uint32_t bits = ((I < 2 ? codes : codes >> 8) & MASK) * FACTOR & 0x81c081c0u;
     return mul_bf16x2(bits, scale);
 }
 

@@ -6,7 +6,7 @@ from ctypes import Structure, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
-from plugins.linear.cuda import BYTES, MAX_ROWS, PIPELINE, TILE, WARPS, Input, Segment, best_groups, entries_bytes
+from plugins.linear.cuda import BYTES, MAX_ROWS, PIPELINE, RESIDENT, TILE, WARPS, Input, Segment, best_groups, entries_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS, DOWN_DEPTH = 16, 2
@@ -58,7 +58,7 @@ class ExpertsDecode:
         row_bytes = int(given.k * BYTES[arguments.format])
         given.groups = groups = best_groups(self.top_k * tiles, row_bytes, self.multiprocessors)
         most = min(given.rows * self.top_k, self.num_experts) * tiles
-        grid = min(-(-most // groups), self.multiprocessors)
+        grid = min(-(-most // groups), RESIDENT * self.multiprocessors)
         kernel = self.module.kernel("experts_up")
         kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.shared_bytes)
 

@@ -22,7 +22,7 @@ struct PreparedAct {
     float factor, factor_up;
 };
 
-KERNEL __launch_bounds__(THREADS, 2) experts_up(const __grid_constant__ UpArguments a) {
+KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up(const __grid_constant__ UpArguments a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
     int tiles = (a.inner + 7) / 8, k = a.input.k;
@@ -79,7 +79,7 @@ constexpr int DOWN_WARPS = 16;
 constexpr int DOWN_DEPTH = 2;
 
 // One block per 16 rows of the down projections; its warps take an expert each. Item 0 is the shared expert.
-KERNEL __launch_bounds__(32 * DOWN_WARPS, 2) experts_down(const __grid_constant__ DownArguments a) {
+KERNEL __launch_bounds__(32 * DOWN_WARPS, 1) experts_down(const __grid_constant__ DownArguments a) {
     extern __shared__ uint4 shared_memory[];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, first = blockIdx.x * TILE;
     int stride = a.inner / 4, shared_stride = a.shared_inner / 4, pairs = a.rows * TOP_K;
