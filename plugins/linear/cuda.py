@@ -20,7 +20,7 @@ BYTES = {0: 2.0, 1: 1.0, 2: 0.5}  # per weight
 STORE, ADD, SWIGLU = range(3)  # enum Epilogue
 PACK, PACK_NVFP4 = 1, 2  # Segment.pack
 MAX_SEGMENTS, MAX_ROWS, TILE = 4, 8, 16
-WARPS, RESIDENT, DEPTH = 8, 3, 2  # of a block; blocks that a multiprocessor holds; passes under way (stage.cuh)
+WARPS, RESIDENT, DEPTH = 8, 2, 4  # of a block; blocks that a multiprocessor holds; passes under way (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
 PIPELINE = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
 
@@ -121,14 +121,14 @@ def check_k(k: int, format: str, name: str) -> None:
 
 
 def best_groups(tiles: int, row_bytes: int, multiprocessors: int) -> int:
-    """How many tiles a block works on side by side, so that its passes are fewest. Not a matter of the rows: the sums
-    of a tile are added in another order."""
+    """How many tiles a block works on side by side: many leave a warp more to do between tiles, few keep all warps
+    busy. Not a matter of the rows, since the sums of a tile are added in another order."""
 
-    def passes(groups: int) -> int:
-        return -(-tiles // (RESIDENT * multiprocessors * groups)) * -(-row_bytes // (WARPS // groups * PASS))
+    def cost(groups: int) -> int:
+        turns = -(-tiles // (RESIDENT * multiprocessors * groups))
+        return turns * (5 + 2 * -(-row_bytes // (WARPS // groups * PASS)))  # a turn costs as much as 2.5 passes
 
-    choices = [groups for groups in (1, 2, 4) if 32 * WARPS // groups >= TILE * MAX_ROWS]  # a thread per value
-    return min(choices, key=lambda groups: (passes(groups), -groups))
+    return min((1, 2, 4, 8), key=cost)
 
 
 class LinearDecode:

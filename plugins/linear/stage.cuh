@@ -9,10 +9,10 @@
 #define BLOCK_WARPS 8
 #endif
 #ifndef RESIDENT
-#define RESIDENT 3
+#define RESIDENT 2
 #endif
 #ifndef PIPELINE_DEPTH
-#define PIPELINE_DEPTH 2
+#define PIPELINE_DEPTH 4
 #endif
 constexpr int WARPS = BLOCK_WARPS;
 constexpr int THREADS = 32 * WARPS;
@@ -30,7 +30,7 @@ struct Input {
     int head_parts;
     int k;
     int rows;
-    int groups;                 // 1, 2 or 4 tiles that the block works on side by side; its warps share them out
+    int groups;                 // tiles that the block works on side by side, 1 to 8; its warps share them out
     int padding;
 };
 
@@ -42,7 +42,7 @@ DEVICE float head_factor(const Input& in, int row, int k) {
     const float* parts = in.head_squares + ((int64_t)row * (in.k / in.head_dim) + k / in.head_dim) * in.head_parts;
     float sum = 0.f;
     for (int i = 0; i < in.head_parts; i++) sum += __ldcg(parts + i);
-    return rsqrtf(sum / in.head_dim + in.epsilon);
+    return rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
 }
 
 // Entries of all rows. With a norm in front, x * (1 + weight) and its squares: the row's factor is applied to the
@@ -82,7 +82,7 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
     if (!in.norm_weight) return 1.f;
     float sum = 0.f;
     for (int i = 0; i < (in.k + SEGMENT_K - 1) / SEGMENT_K; i++) sum += staged.squares[row][i];
-    return rsqrtf(sum / in.k + in.epsilon);
+    return rsqrtf(__fdividef(sum, in.k) + in.epsilon);
 }
 
 constexpr int DEPTH = PIPELINE_DEPTH;  // passes that a warp has under way
@@ -110,9 +110,9 @@ struct Partial {
 };
 
 // A block goes through tiles in turns of in.groups. EARLY: tiles are known before the previous kernel has ended.
-// total(): number of tiles; find(index): a tile; started(): called once after staging; prepare(tile, thread): what
-// `finish` will need from memory, asked for before the product; finish(tile, thread, partial, prepared): called by the
-// threads of the tile's group, numbered from 0; turned(): by all, after each turn.
+// total(): number of tiles; find(index): a tile; started(): called once after staging; prepare(tile, value): what
+// `finish` will need from memory, asked for before the product; finish(tile, value, partial, prepared): for each of the
+// tile's values; turned(): called by all threads after each turn.
 // shared_memory: the warps' pipelines, the entries of the rows, the sums.
 template <bool EARLY, typename Total, typename Find, typename Started, typename Prepare, typename Finish, typename Turned>
 DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Staged& staged, const Total& total,
@@ -177,8 +177,13 @@ DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Staged& stag
             }
             partial.put(sums);
         }
-        __syncthreads();
-        if (is_tile) finish(tile, thread, partial, prepared);
+        if (warps > 1) __syncthreads();
+        else __syncwarp();
+        if (is_tile) {
+            finish(tile, thread, partial, prepared);
+            for (int value = thread + 32 * warps; value < TILE * in.rows; value += 32 * warps)
+                finish(tile, value, partial, prepare(tile, value));
+        }
         turned(index - group);
         partial.sums += other_buffer, other_buffer = -other_buffer;
     }

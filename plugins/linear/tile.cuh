@@ -129,19 +129,20 @@ DEVICE uint32_t fp8_pair(uint32_t codes) {
     return mul_bf16x2((magnitude & 0x07f007f0u) | (sign & 0x80008000u), 0x7b807b80u);
 }
 
-// Two independent chains of sums: high and low parts of the rows.
+// Four independent chains of sums: high and low parts of the rows, even and odd entries.
 struct Sums {
-    float high[4], low[4];
+    float c[4][4];
     DEVICE void clear() {
 #pragma unroll
-        for (int i = 0; i < 4; i++) high[i] = low[i] = 0.f;
+        for (int i = 0; i < 16; i++) c[i / 4][i % 4] = 0.f;
     }
-    DEVICE float total(int i) const { return high[i] + low[i]; }
+    DEVICE float total(int i) const { return (c[0][i] + c[2][i]) + (c[1][i] + c[3][i]); }
 };
 
+template <int PARITY>
 DEVICE void accumulate(Sums& sums, const uint32_t (&a)[4], const uint4& b) {
-    mma_bf16(sums.high, a, b.x, b.y);
-    mma_bf16(sums.low, a, b.z, b.w);
+    mma_bf16(sums.c[2 * PARITY], a, b.x, b.y);
+    mma_bf16(sums.c[2 * PARITY + 1], a, b.z, b.w);
 }
 
 template <int WORD>
@@ -152,8 +153,8 @@ DEVICE void multiply_nvfp4(Sums& sums, const uint4& low, const uint4& high, uint
                          nvfp4_pair<1>(h, scale_high)};
     uint32_t second[4] = {nvfp4_pair<2>(l, scale_low), nvfp4_pair<2>(h, scale_high), nvfp4_pair<3>(l, scale_low),
                           nvfp4_pair<3>(h, scale_high)};
-    accumulate(sums, first, b0);
-    accumulate(sums, second, b1);
+    accumulate<0>(sums, first, b0);
+    accumulate<1>(sums, second, b1);
 }
 
 // sums += a pass of weights times the entries of a row. row: where the entries of the lane's column of the
@@ -185,13 +186,14 @@ DEVICE void multiply(Sums& sums, const Pipeline<DEPTH>& pipeline, int slot, int 
             for (int j = 0; j < 4; j++) {
                 uint32_t l = word(low, j), h = word(high, j);
                 uint32_t a[4] = {fp8_pair<0>(l), fp8_pair<0>(h), fp8_pair<1>(l), fp8_pair<1>(h)};
-                accumulate(sums, a, entry(j));
+                if (j & 1) accumulate<1>(sums, a, entry(j));
+                else accumulate<0>(sums, a, entry(j));
             }
         } else {
             place += 16 * entry_place(offset / 8, parity);
             uint32_t even[4] = {low.x, high.x, low.y, high.y}, odd[4] = {low.z, high.z, low.w, high.w};
-            accumulate(sums, even, entry(0));
-            accumulate(sums, odd, entry(1));
+            accumulate<0>(sums, even, entry(0));
+            accumulate<1>(sums, odd, entry(1));
         }
     }
 }
