@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.manifest import Manifest
+from export.errors import UserError
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
@@ -20,6 +22,9 @@ class Engine(Protocol):
     own rows. What a call returns stays valid until the next call of the same graph."""
 
     manifest: Manifest
+
+    def load(self, *graphs: str) -> None:
+        """Make these graphs ready now rather than at their first call."""
 
     def start(self, capacity: int, window: int) -> None:
         """Fresh state for `capacity` positions and verify calls of up to `window` rows."""
@@ -38,3 +43,20 @@ class Engine(Protocol):
 
     def state(self) -> dict[str, Floats]:
         """Every state tensor by its binding name, pending windows with the rows of the last verify; for tests."""
+
+
+def open_engine(directory: Path, threads: int = 0, **options: Any) -> Engine:
+    """The engine directory `directory`, loaded for the target that it was built for. threads: CPU threads of `cpu`.
+    options: fields of engines.cuda_model.Options, for `cuda`. Raises UserError: what a user can mend."""
+    manifest = Manifest.read(directory)
+    if manifest.target == "cuda":
+        from engines.cuda import CudaEngine, Options  # they bring torch, which the others decode without
+
+        return CudaEngine(directory, manifest, Options(**options))
+    from engines.onnxruntime import OnnxRuntimeEngine
+
+    if given := [name for name, value in options.items() if value]:
+        raise UserError(
+            f"--{given[0].replace('_', '-')}: for engines of the cuda target; {directory} is {manifest.target}"
+        )
+    return OnnxRuntimeEngine(directory, manifest, threads)

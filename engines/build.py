@@ -28,7 +28,7 @@ from export.config import read_json
 from export.errors import UserError
 from export.trace import trace
 
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "cuda")
 EXPAND_BELOW = 1 << 30  # bytes of float32 weights up to which they are unpacked at load
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -65,7 +65,9 @@ def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, e
         codes = {"U8": 2}  # two weights a byte
         size = sum(4 * math.prod(t.shape) * codes.get(t.dtype, 1) for t in checkpoint.tensors.values())
         expanded = size <= EXPAND_BELOW
-    graphs = GRAPHS if checkpoint.has_mtp else GRAPHS[:2]
+    graphs: tuple[str, ...] = GRAPHS if checkpoint.has_mtp else GRAPHS[:2]
+    if target == "cuda":
+        graphs, expanded = (), False  # kernels are launched from Python, and compiled for the GPU that runs them
     with progress("tracing the graphs") as update:
         for i, name in enumerate(graphs):
             update(i, len(graphs))

@@ -1,22 +1,24 @@
-"""The model on a GPU as sequences of kernel launches: verify, draft and prefill over buffers at fixed addresses.
+"""The model on a GPU as sequences of kernel launches: embed, verify, draft, sample, accept; prefill.
 
 Every method enqueues launches on torch's current stream and returns at once, reads its scalars (position, rows to
 commit) from device memory, and allocates nothing, so that a sequence can be captured into a CUDA graph and replayed.
 
-    model = CudaModel(config, DeviceWeights.load(path, formats))
-    model.start(capacity=4096, window=3)
-    model.verify(rows=3)                       # model.verify_tokens -> model.logits, model.hidden
+    model = CudaModel(config, DeviceWeights.load(path, formats), Options())
+    model.start(capacity=4096, rows=3)
+    model.verify(rows=3)                  # buffers.verify_tokens -> buffers.logits, buffers.hidden
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engines.cuda_memory import RoundBuffers, State, gdn_sizes, octets
 from engines.cuda_weights import DeviceWeights
 from export.config import FULL, ModelConfig
 from export.errors import UserError
@@ -25,165 +27,315 @@ from plugins.gated_attention import inverse_frequencies
 from plugins.gated_delta_net import cuda as gdn
 from plugins.kernels import Module, cached_kernels
 from plugins.linear import cuda as linear
-from plugins.linear.cuda import ADD, FORMATS, MAX_ROWS, PACK, PACK_NVFP4, STORE, SWIGLU, Input, Segment
+from plugins.linear.cuda import ADD, FORMATS, MAX_ROWS, PACK, PACK_NVFP4, SWIGLU, Input, Segment
 from plugins.moe_experts import cuda as experts
 from runtime import sampling_cuda
+from runtime.sampling import SamplingConfig
 
-LEAST = (8, 0)  # compute capability
+LEAST_CAPABILITY = (8, 0)
+DRAFT_HEAD = "mtp.draft_head"  # the quantized copy of a bfloat16 lm_head
 
 
 @dataclass(frozen=True)
-class Device:
+class Options:
+    """fp8_cache: keys and values in E4M3. draft_vocab: drafts come from the first so many entries of the vocabulary
+    only, which tokenizers number by frequency; 0: from all. Neither drafts' option changes the output."""
+
+    fp8_cache: bool = False
+    draft_vocab: int = 0
+    quantize_draft_head: bool = True
+
+
+@dataclass(frozen=True)
+class Gpu:
     arch: str
     multiprocessors: int
     shared_bytes: int  # that one block may have
 
     @classmethod
-    def current(cls) -> Device:
+    def current(cls) -> Gpu:
         """Raises UserError: no GPU, or one that is too old."""
         if not torch.cuda.is_available():
-            raise UserError("the cuda target needs an NVIDIA GPU, and there is none; use engines of the cpu target")
-        capability = torch.cuda.get_device_capability()
-        if capability < LEAST:
-            raise UserError(f"this GPU has compute capability {capability[0]}.{capability[1]}; the cuda target needs 8.0")
+            raise UserError("the cuda target needs an NVIDIA GPU, and none is here; use engines of the cpu target")
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < LEAST_CAPABILITY:
+            raise UserError(f"this GPU has compute capability {major}.{minor}; the cuda target needs 8.0 or later")
         properties: Any = torch.cuda.get_device_properties()
-        shared = properties.shared_memory_per_block_optin
-        return cls(f"sm_{capability[0]}{capability[1]}", properties.multi_processor_count, shared)
+        return cls(f"sm_{major}{minor}", properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
-class Memory:
-    """What belongs to one sequence: state, and the buffers that launches hand each other. All zeros at first."""
-
-    def __init__(self, config: ModelConfig, capacity: int, window: int, has_mtp: bool, kv_bytes: int) -> None:
-        c, rows = config, window
-        self.capacity = capacity
-        sizes = c.hidden_size
-        self.kv: dict[str, Tensor] = {}
-        self.recurrent: dict[str, tuple[Tensor, Tensor]] = {}  # state, ring
-        kv_shape = (2, c.num_key_value_heads, capacity, c.head_dim)
-        kv_dtype = torch.float16 if kv_bytes == 2 else torch.uint8
-        layers = [(f"layers.{i}", kind) for i, kind in enumerate(c.layer_types)]
-        for name, kind in [*layers, ("mtp.layers.0", FULL)] if has_mtp else layers:
-            if kind == FULL:
-                self.kv[name] = torch.zeros(kv_shape, dtype=kv_dtype, device="cuda")
-            else:
-                state = floats(c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-                self.recurrent[name] = state, floats(gdn.RING, gdn_sizes(c).row_stride)
-        self.control = integers(sampling_cuda.CONTROL_WORDS)
-        self.seed = integers(2)
-        self.verify_tokens, self.head_tokens = integers(rows), integers(rows)
-        self.drafts, self.sampled, self.out_tokens = integers(rows), integers(rows), integers(rows)
-        self.x, self.hidden, self.logits = floats(rows, sizes), floats(rows, sizes), floats(rows, c.vocab_size)
-        self.mixed = floats(rows, max(c.num_attention_heads * c.head_dim, c.value_dim))
-        self.q = floats(rows, 2 * c.num_attention_heads * c.head_dim)
-        self.k, self.v = (floats(rows, c.num_key_value_heads * c.head_dim) for _ in range(2))
-        # The head's own.
-        self.pair, self.head_x = floats(rows, 2 * sizes), floats(rows, sizes)
-        self.draft_x, self.head_hidden, self.draft_logits = floats(1, sizes), floats(1, sizes), floats(1, c.vocab_size)
-        if c.is_moe:
-            self.router_logits, self.shared_gate = floats(rows, c.num_experts), floats(rows)
-            self.act = floats(rows * c.num_experts_per_tok, c.moe_intermediate_size)
-            self.shared_act = floats(rows, c.shared_expert_intermediate_size)
-            self.routing = torch.zeros(linear.routing_bytes(c.num_experts_per_tok), dtype=torch.uint8, device="cuda")
-            self.counter = integers(1)
-        else:
-            self.shared_act = floats(rows, c.intermediate_size)
-
-
-def floats(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float32, device="cuda")
-
-
-def integers(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device="cuda")
-
-
-def gdn_sizes(c: ModelConfig) -> gdn.Sizes:
-    return gdn.Sizes(c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
+def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
+    """Raises UserError for sizes that the kernels cannot take."""
+    c = config
+    inputs = {"hidden_size": c.hidden_size, "num_attention_heads * head_dim": c.num_attention_heads * c.head_dim}
+    if c.is_moe:
+        inputs |= {"moe_intermediate_size": c.moe_intermediate_size}
+        inputs |= {"shared_expert_intermediate_size": c.shared_expert_intermediate_size}
+    else:
+        inputs |= {"intermediate_size": c.intermediate_size}
+    if c.linear_num_value_heads:
+        inputs |= {"linear_num_value_heads * linear_value_head_dim": c.value_dim}
+    for name, size in inputs.items():
+        linear.check_k(size, "nvfp4" if "nvfp4" in formats.values() else "float", name)
+    for name, size in (("head_dim", c.head_dim), ("linear_key_head_dim", c.linear_key_head_dim)):
+        if size % 16 or size > 256:
+            raise UserError(f"{name} {size}: the cuda target takes multiples of 16 up to 256; use cpu")
 
 
 class CudaModel:
-    def __init__(self, config: ModelConfig, weights: DeviceWeights, draft_vocab: int | None = None) -> None:
-        """draft_vocab: drafts come from the first so many entries of the vocabulary only (tokenizers number them by
-        frequency); the output does not change. Raises UserError for sizes that the kernels cannot take."""
-        self.config, self.weights, self.device = config, weights, Device.current()
-        c, arch = config, self.device.arch
-        self.has_mtp = c.mtp_num_hidden_layers > 0
-        self.draft_vocab = min(draft_vocab or c.vocab_size, c.vocab_size)
-        self.draft_head = weights.draft_head(c)
-        macros = {"NUM_EXPERTS": max(c.num_experts, 1), "TOP_K": max(c.num_experts_per_tok, 1)}
-
-        def module(source: Any, defines: dict[str, Any]) -> Module:
-            return Module(cached_kernels(source, arch, defines))
-
-        count = self.device.multiprocessors
-        self.linear = linear.LinearDecode(module(linear.SOURCE, macros), count)
+    def __init__(self, config: ModelConfig, weights: DeviceWeights, options: Options) -> None:
+        check_sizes(config, weights.formats)
+        self.config, self.weights, self.options, self.gpu = config, weights, options, Gpu.current()
+        c, count = config, self.gpu.multiprocessors
+        self.draft_vocab = min(options.draft_vocab or c.vocab_size, c.vocab_size)
+        self.head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
+        self.draft_head = self.head
+        if c.mtp_num_hidden_layers and options.quantize_draft_head and weights.format_of(self.head) == "float":
+            if f"{DRAFT_HEAD}.weight" not in weights.tensors:
+                weights.add_quantized(DRAFT_HEAD, self.head)
+            self.draft_head = DRAFT_HEAD
+        macros: dict[str, int | str] = {"NUM_EXPERTS": max(c.num_experts, 1), "TOP_K": max(c.num_experts_per_tok, 1)}
+        self.linear = linear.LinearDecode(self.module(linear.SOURCE, macros), count)
         if c.is_moe:
-            compiled = module(experts.SOURCE, macros)
+            compiled = self.module(experts.SOURCE, macros)
             self.experts = experts.ExpertsDecode(compiled, count, c.num_experts, c.num_experts_per_tok)
-        self.gdn = gdn.GatedDeltaNet(module(gdn.SOURCE, gdn_sizes(c).macros()), gdn_sizes(c))
-        self.sampling = sampling_cuda.SamplingKernels(
-            module(sampling_cuda.SOURCE, sampling_cuda.defines(c.hidden_size)), c.vocab_size
+        sizes = gdn_sizes(c)
+        self.gdn = gdn.GatedDeltaNet(self.module(gdn.SOURCE, sizes.macros()), sizes)
+        self.attention_sizes = attention.Sizes(
+            c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rotary_dim, options.fp8_cache
         )
+        self.attention = attention.Decode(
+            self.module(attention.DECODE_SOURCE, self.attention_sizes.defines),
+            *(self.attention_sizes, count, self.gpu.shared_bytes),
+        )
+        sampling = self.module(sampling_cuda.SOURCE, sampling_cuda.defines(c.hidden_size))
+        self.sampling = sampling_cuda.SamplingKernels(sampling, c.vocab_size)
+        self.draft_sampling = sampling_cuda.SamplingKernels(sampling, self.draft_vocab)
         self.frequencies = inverse_frequencies(c.rotary_dim, c.rope_theta).cuda()
-        # What was launched, by name, when a benchmark asks for it.
+        # What is launched, by name, while a benchmark asks for it.
         self.recorded: list[tuple[str, Callable[[], None]]] | None = None
 
-    # ---- parts ----
+    def module(self, source: Path, macros: dict[str, int | str]) -> Module:
+        return Module(cached_kernels(source, self.gpu.arch, macros))
 
-    def _launch(self, name: str, function: Callable[..., None], *args: Any, **options: Any) -> None:
-        def launch() -> None:
-            function(*args, torch.cuda.current_stream().cuda_stream, **options)
+    def start(self, capacity: int, rows: int) -> None:
+        """Fresh state for `capacity` positions, and buffers for calls of up to `rows` rows."""
+        assert rows <= MAX_ROWS
+        self.state = State(self.config, capacity, self.options.fp8_cache)
+        self.buffers = RoundBuffers(self.config, rows, self.draft_vocab, self.gdn.head_parts)
+        self.attention_scratch = octets(self.attention.scratch_bytes(capacity))
+        self.sampling_scratch = octets(self.sampling.scratch_bytes(rows))
+
+    def launch(self, name: str, function: Callable[..., None], *args: Any, **options: Any) -> None:
+        def call() -> None:
+            function(*args, stream=torch.cuda.current_stream().cuda_stream, **options)
 
         if self.recorded is not None:
-            self.recorded.append((name, launch))
-        launch()
+            self.recorded.append((name, call))
+        call()
 
-    def _input(self, x: Tensor, rows: int, norm: str | None = None) -> Input:
-        weight = self.weights.address(f"{norm}.weight") if norm else None
-        given = Input(x=x.data_ptr(), norm_weight=weight, epsilon=self.config.rms_norm_eps)
-        given.x_stride = given.k = x.shape[-1]
-        given.rows = rows
+    def control(self, word: int) -> int:
+        """The address of a word of the control block."""
+        return self.buffers.control.data_ptr() + 4 * word
+
+    # ---- one layer ----
+
+    def input(self, x: Tensor, rows: int, norm: str | None = None) -> Input:
+        given = Input(x=x.data_ptr(), epsilon=self.config.rms_norm_eps, x_stride=x.shape[-1], k=x.shape[-1], rows=rows)
+        if norm:
+            given.norm_weight = self.weights.address(f"{norm}.weight")
+        given.position = self.control(sampling_cuda.POSITION)
         return given
 
-    def _segment(self, name: str, out: int, stride: int, up: str | None = None, **fields: int) -> Segment:
-        w = self.weights
-        segment = Segment(out=out, out_stride=stride, n=len(w.tensors[f"{name}.weight"]), **fields)
-        format = w.format_of(name)
-        segment.format = FORMATS[format]
-        scales = {"float": (), "fp8": ((".weight_scale", "scale_2"),)}.get(
-            format, ((".weight_scale", "scale"), (".weight_scale_2", "scale_2"))
+    def segment(self, name: str, out: int, out_stride: int, up: str | None = None, **fields: int) -> Segment:
+        w, format = self.weights, self.weights.format_of(name)
+        suffixes = {"float": {}, "fp8": {"scale_2": ".weight_scale"}}.get(
+            format, {"scale": ".weight_scale", "scale_2": ".weight_scale_2"}
         )
-        for suffix, field in ((".weight", "weight"), *scales):
+        segment = Segment(out=out, out_stride=out_stride, format=FORMATS[format], **fields)
+        segment.n = segment.n or len(w.tensors[f"{name}.weight"])
+        for field, suffix in {"weight": ".weight", **suffixes}.items():
             setattr(segment, field, w.address(name + suffix))
             if up:
                 setattr(segment, f"{field}_up", w.address(up + suffix))
         return segment
 
-    def _store(self, name: str, out: Tensor) -> Segment:
-        return self._segment(name, out.data_ptr(), out.shape[-1], epilogue=STORE)
+    def store(self, name: str, out: Tensor, **fields: Any) -> Segment:
+        return self.segment(name, out.data_ptr(), out.shape[-1], **fields)
 
-    def _delta_net(self, name: str, rows: int) -> None:
-        m, sizes, weight = self.memory, self.gdn.sizes, self.weights.address
-        state, ring = m.recurrent[name]
-        mixer, position = f"{name}.linear_attn", m.control[sampling_cuda.POSITION :].data_ptr()
-        given = self._input(m.x, rows, f"{name}.input_layernorm")
-        given.position = position
+    def add(self, label: str, given: Input, name: str, x: Tensor) -> None:
+        """x += the product."""
+        segments = [self.store(name, x, epilogue=ADD)]
+        self.launch(label, self.linear.linear, given, segments, residual=x.data_ptr())
+
+    def gdn_weights(self, name: str) -> gdn.Weights:
+        return gdn.Weights(*(self.weights.address(f"{name}.{n}") for n in gdn.WEIGHT_NAMES))
+
+    def delta_net(self, name: str, rows: int) -> None:
+        b, sizes, mixer = self.buffers, self.gdn.sizes, f"{name}.linear_attn"
+        state, ring = self.state.recurrent[name]
         places = {"qkv": 0, "z": sizes.z_offset, "b": sizes.b_offset, "a": sizes.a_offset}
         segments = [
-            self._segment(f"{mixer}.in_proj_{part}", ring.data_ptr() + 4 * at, sizes.row_stride, ring_mask=gdn.RING - 1)
+            self.segment(f"{mixer}.in_proj_{part}", ring.data_ptr() + 4 * at, sizes.row_stride, ring_mask=gdn.RING - 1)
             for part, at in places.items()
         ]
-        self._launch("GDN projections", self.linear.linear, given, segments)
-        weights = gdn.Weights(*(weight(f"{mixer}.{n}") for n in ("conv1d.weight", "A_log", "dt_bias", "norm.weight")))
-        memory, commit = gdn.Memory(ring.data_ptr(), state.data_ptr()), m.control[sampling_cuda.COMMIT :].data_ptr()
-        self._launch("GDN mixer", self.gdn.decode, memory, weights, position, commit, rows, m.mixed.data_ptr())
-        gated = Input(m.mixed.data_ptr(), weights.norm_weight, ring.data_ptr() + 4 * sizes.z_offset, position)
-        gated.epsilon, gated.rows, gated.head_dim = self.config.rms_norm_eps, rows, sizes.head_v_dim
-        gated.x_stride = gated.k = sizes.value_width
-        gated.z_stride, gated.z_ring_mask = sizes.row_stride, gdn.RING - 1
-        out = self._segment(f"{mixer}.out_proj", m.x.data_ptr(), m.x.shape[-1], epilogue=ADD)
-        self._launch_linear("GDN output", gated, [out], residual=m.x.data_ptr())
+        self.launch("GDN in", self.linear.linear, self.input(b.x, rows, f"{name}.input_layernorm"), segments)
+        memory = gdn.Memory(ring.data_ptr(), state.data_ptr())
+        scalars = self.control(sampling_cuda.POSITION), self.control(sampling_cuda.COMMIT)
+        y, squares = b.mixed.data_ptr(), b.squares.data_ptr()
+        self.launch("GDN mixer", self.gdn.decode, memory, self.gdn_weights(mixer), *scalars, rows, y, squares)
+        gated = self.input(b.mixed, rows)
+        gated.head_squares, gated.head_dim, gated.head_parts = squares, sizes.head_v_dim, self.gdn.head_parts
+        self.add("GDN out", gated, f"{mixer}.out_proj", b.x)
 
-    def _launch_linear(self, label: str, given: Input, segments: list[Segment], **options: Any) -> None:
-        self._launch(label, self.linear.linear, given, segments, **options)
+    def attend(self, name: str, x: Tensor, rows: int, position: int, offset: int, query_row: int = 0) -> None:
+        """Projections, attention and its gate: x -> buffers.attended. query_row: see attention.Decode."""
+        b, mixer = self.buffers, f"{name}.self_attn"
+        parts = {"q": b.q, "k": b.k, "v": b.v}
+        segments = [self.store(f"{mixer}.{part}_proj", out) for part, out in parts.items()]
+        given = self.input(x, rows, f"{name}.input_layernorm")
+        self.launch("attention in", self.linear.linear, given, segments)
+        rows_of = {part: out.data_ptr() for part, out in zip(("q_gate", "k", "v"), parts.values(), strict=True)}
+        self.launch(
+            "attention",
+            self.attention.launch,
+            **rows_of,
+            **{f"{part}_stride": out.shape[-1] for part, out in parts.items()},
+            **{norm: self.weights.address(f"{mixer}.{norm}.weight") for norm in ("q_norm", "k_norm")},
+            inverse_frequencies=self.frequencies.data_ptr(),
+            position=position,
+            position_offset=offset,
+            kv_cache=self.state.kv[name].data_ptr(),
+            capacity=self.state.capacity,
+            rows=rows,
+            y=b.attended.data_ptr(),
+            scratch=self.attention_scratch.data_ptr(),
+            epsilon=self.config.rms_norm_eps,
+            query_row=query_row,
+        )
+
+    def mlp(self, name: str, x: Tensor, rows: int) -> None:
+        c, b, mlp, norm = self.config, self.buffers, f"{name}.mlp", f"{name}.post_attention_layernorm"
+        given = self.input(x, rows, norm)
+        if not c.is_moe:
+            pair = self.store(f"{mlp}.gate_proj", b.shared_act, up=f"{mlp}.up_proj", epilogue=SWIGLU)
+            self.launch("MLP up", self.linear.linear, given, [pair])
+            self.add("MLP down", self.input(b.shared_act, rows), f"{mlp}.down_proj", x)
+            return
+        shared = f"{mlp}.shared_expert"
+        down = self.segment(f"{shared}.down_proj", x.data_ptr(), x.shape[-1])
+        pack = PACK_NVFP4 if down.format == FORMATS["nvfp4"] else PACK
+        segments = [
+            self.store(f"{mlp}.gate", b.router_logits),
+            self.store(f"{shared}.gate_proj", b.shared_act, up=f"{shared}.up_proj", epilogue=SWIGLU, pack=pack),
+            self.store(f"{mlp}.shared_expert_gate", b.shared_gate),
+        ]
+        routing = linear.Routing(b.router_logits.data_ptr(), b.routing.data_ptr(), b.counter.data_ptr())
+        self.launch("router, shared up", self.linear.linear, given, segments, routing=routing)
+        format = FORMATS[self.weights.format_of(f"{mlp}.experts")]
+        up, out = (self.expert_weights(f"{mlp}.experts.{part}_proj", format) for part in ("gate_up", "down"))
+        act, inner = b.act.data_ptr(), c.moe_intermediate_size
+        table = b.routing.data_ptr()
+        self.launch("experts up", self.experts.up, experts.UpArguments(given, table, *up, act, format, inner))
+        arguments = experts.DownArguments(table, *out, act, down, b.shared_act.data_ptr(), b.shared_gate.data_ptr())
+        arguments.x, arguments.format, arguments.inner, arguments.rows = x.data_ptr(), format, inner, rows
+        arguments.shared_inner, arguments.hidden = c.shared_expert_intermediate_size, c.hidden_size
+        self.launch("experts down", self.experts.down, arguments)
+
+    def expert_weights(self, name: str, format: int) -> list[int | None]:
+        names = [f"{name}.{part}" for part in ("weight", "weight_scale", "weight_scale_2")]
+        return [self.weights.address(n) if format == FORMATS["nvfp4"] or n == names[0] else None for n in names]
+
+    # ---- the graphs ----
+
+    def verify(self, rows: int) -> None:
+        """buffers.verify_tokens at the control block's position -> buffers.logits and hidden."""
+        c, b = self.config, self.buffers
+        embedding = self.weights.address("embed_tokens.weight")
+        self.launch("embed", self.sampling.embed, b.verify_tokens.data_ptr(), embedding, b.x.data_ptr(), rows)
+        for i, kind in enumerate(c.layer_types):
+            name = f"layers.{i}"
+            if kind == FULL:
+                self.attend(name, b.x, rows, self.control(sampling_cuda.POSITION), 0)
+                self.add("attention out", self.input(b.attended, rows), f"{name}.self_attn.o_proj", b.x)
+            else:
+                self.delta_net(name, rows)
+            self.mlp(name, b.x, rows)
+        given = self.input(b.x, rows, "norm")
+        self.launch("lm_head", self.linear.linear, given, [self.store(self.head, b.logits)], normed=b.hidden.data_ptr())
+
+    def draft(self, rows: int, index: int) -> None:
+        """The head's draft number `index`, from 0: buffers.draft_logits. The first takes the `rows` rows of the last
+        verify, of which HEAD_ROWS are true; later ones the draft before."""
+        b, name = self.buffers, "mtp.layers.0"
+        first = index == 0
+        rows = rows if first else 1
+        tokens, hidden = (b.head_tokens, b.hidden) if first else (b.draft_token, b.head_hidden)
+        w = self.weights.address
+        self.launch(
+            *("head inputs", self.sampling.mtp_inputs, tokens.data_ptr(), w("embed_tokens.weight")),
+            *(w("mtp.pre_fc_norm_embedding.weight"), hidden.data_ptr(), w("mtp.pre_fc_norm_hidden.weight")),
+            *(b.pair.data_ptr(), rows, self.config.rms_norm_eps),
+        )
+        x = b.head_x
+        self.launch("head fc", self.linear.linear, self.input(b.pair, rows), [self.store("mtp.fc", x)])
+        # Only the last true row is drafted from; the others leave their keys and values.
+        position, offset = (sampling_cuda.HEAD_POSITION, 0) if first else (sampling_cuda.POSITION, index - 1)
+        last = self.control(sampling_cuda.HEAD_LAST) if first else 0
+        self.attend(name, x, rows, self.control(position), offset, query_row=last)
+        out = [self.store(f"{name}.self_attn.o_proj", b.draft_x, epilogue=ADD)]
+        given = self.input(b.attended, 1)
+        row = last or None
+        self.launch("attention out", self.linear.linear, given, out, residual=x.data_ptr(), residual_row=row)
+        self.mlp(name, b.draft_x, 1)
+        head = self.store(self.draft_head, b.draft_logits, n=self.draft_vocab)
+        given = self.input(b.draft_x, 1, "mtp.norm")
+        self.launch("draft head", self.linear.linear, given, [head], normed=b.head_hidden.data_ptr())
+
+    def sample_draft(self, index: int, sampling: SamplingConfig) -> None:
+        b = self.buffers
+        outputs = [
+            b.drafts.data_ptr() + 4 * index,
+            b.verify_tokens.data_ptr() + 4 * (index + 1),
+            b.draft_token.data_ptr(),
+        ]
+        self._sample(self.draft_sampling, b.draft_logits, 1, sampling, 1 + index, outputs)
+
+    def sample(self, rows: int, sampling: SamplingConfig) -> None:
+        """buffers.logits -> buffers.sampled."""
+        self._sample(self.sampling, self.buffers.logits, rows, sampling, 1, [self.buffers.sampled.data_ptr()])
+
+    def _sample(
+        self, kernels: Any, logits: Tensor, rows: int, sampling: SamplingConfig, offset: int, outputs: list[int]
+    ) -> None:
+        position, error = self.control(sampling_cuda.POSITION), self.control(sampling_cuda.ERROR)
+        self.launch(
+            *("sample", kernels.sample, logits.data_ptr(), rows, sampling, position, offset),
+            *(self.buffers.seed.data_ptr(), outputs, error, self.sampling_scratch.data_ptr()),
+        )
+
+    def accept(self, mtp_k: int, simulate: float | None = None) -> None:
+        """buffers.sampled against buffers.drafts -> out_tokens, the control block, the next round's inputs."""
+        b = self.buffers
+        self.launch(
+            *("accept", self.sampling.accept, b.sampled.data_ptr(), b.drafts.data_ptr(), mtp_k, b.seed.data_ptr()),
+            *(b.control.data_ptr(), b.verify_tokens.data_ptr(), b.head_tokens.data_ptr(), b.out_tokens.data_ptr()),
+            simulate=simulate,
+        )
+
+    def sample_first(self, sampling: SamplingConfig) -> None:
+        """The token after a prompt, at the control block's position: into the next verify and the head."""
+        b = self.buffers
+        outputs = [b.verify_tokens.data_ptr(), b.head_tokens.data_ptr()]
+        self._sample(self.sampling, b.logits, 1, sampling, 0, outputs)
+
+    def round(
+        self, mtp_k: int, sampling: SamplingConfig, drafting: SamplingConfig, simulate: float | None = None
+    ) -> None:
+        """K drafts, the verify, acceptance: what runtime.rounds.Decoder.round does, without the host."""
+        for i in range(mtp_k):
+            self.draft(mtp_k + 1, i)
+            self.sample_draft(i, drafting)
+        self.verify(mtp_k + 1)
+        self.sample(mtp_k + 1, sampling)
+        self.accept(mtp_k, simulate)

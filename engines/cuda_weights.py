@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.checkpoint import TensorSpec
 from export.cli import say
 from export.config import FULL, ModelConfig
 from export.errors import UserError
 from export.weights import DTYPES, read_header
+from plugins import nvfp4
 
 PIECE = 64 << 20  # bytes of pinned memory, twice
 ALIGNED = 16  # bytes, of whatever a kernel reads in vectors
@@ -40,9 +40,9 @@ class DeviceWeights:
         if VECTORS.search(name):
             return tensor.float()
         module = name.removesuffix(".weight")
-        if tensor.dtype in (torch.float16, torch.float32) and (module in self.formats or tensor.dim() >= 2):
-            if not name.endswith("weight_scale_2"):
-                tensor = tensor.bfloat16()
+        is_matrix = name.endswith(".weight") and (module in self.formats or tensor.dim() >= 2)
+        if is_matrix and tensor.dtype in (torch.float16, torch.float32):
+            tensor = tensor.bfloat16()
         return tensor.clone() if tensor.dim() and tensor.data_ptr() % ALIGNED else tensor
 
     @classmethod
@@ -84,6 +84,20 @@ class DeviceWeights:
     def address(self, name: str) -> int:
         return self.tensors[name].data_ptr()
 
+    def format_of(self, module: str) -> str:
+        """A matrix outside the checkpoint's list of modules (router, embedding) is plain."""
+        return self.formats.get(module, "float")
+
+    def add_quantized(self, module: str, source: str) -> None:
+        """`module`: an NVFP4 copy of the bfloat16 matrix `source` [N, K], made on the GPU."""
+        codes, scale, scale_2 = nvfp4.quantize(self.tensors[f"{source}.weight"])
+        self.formats[module] = "nvfp4"
+        self.tensors |= {
+            f"{module}.weight": codes,
+            f"{module}.weight_scale": scale,
+            f"{module}.weight_scale_2": scale_2,
+        }
+
     @property
     def bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
@@ -92,7 +106,9 @@ class DeviceWeights:
 def _allocate(size: int) -> Tensor:
     free, _ = torch.cuda.mem_get_info()
     if size > free:
-        raise UserError(f"the weights take {size / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} GB free; close what uses it")
+        raise UserError(
+            f"the weights take {size / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} GB free; close what uses it"
+        )
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
@@ -106,7 +122,7 @@ def _upload(path: Path, start: int, pool: Tensor, progress: Callable[[int, int],
             event.synchronize()
             size, done = min(PIECE, len(pool) - at), 0
             while done < size:
-                read = os.preadv(file.fileno(), [memoryview(buffer.numpy())[done:size]], start + at + done)
+                read = os.preadv(file.fileno(), [buffer.numpy().data[done:size]], start + at + done)
                 if not read:
                     raise UserError(f"{path}: ends at byte {start + at + done}; build the engines again")
                 done += read
@@ -182,7 +198,9 @@ def _random(
         count = math.prod(shape) // 2
         codes = torch.randint(0, 256, (count,), generator=generator, device="cuda", dtype=torch.uint8)
         yield ".weight", codes.view(*shape[:-1], shape[-1] // 2)
-        scale = torch.randint(0x34, 0x3D, (math.prod(shape) // 16,), generator=generator, device="cuda", dtype=torch.uint8)
+        scale = torch.randint(
+            0x34, 0x3D, (math.prod(shape) // 16,), generator=generator, device="cuda", dtype=torch.uint8
+        )
         yield ".weight_scale", scale.view(*shape[:-1], shape[-1] // 16)  # E4M3 0.75 to 1.625
         halves = (2,) if module.endswith("gate_up_proj") else ()
         yield ".weight_scale_2", torch.full(shape[:-2] + halves, deviation / 3.5, device="cuda")
@@ -191,7 +209,9 @@ def _random(
     flat = weight.view(-1)
     for at in range(0, len(flat), 1 << 26):
         piece = flat[at : at + (1 << 26)]
-        values = torch.randn(len(piece), generator=generator, device="cuda") * (deviation if format == "float" else 32.0)
+        values = torch.randn(len(piece), generator=generator, device="cuda") * (
+            deviation if format == "float" else 32.0
+        )
         piece.copy_(values.to(weight.dtype))
     yield ".weight", weight
     if format == "fp8":

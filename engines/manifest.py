@@ -52,7 +52,7 @@ def describe(files: Iterable[Path], progress: Callable[[int], None] | None = Non
 
 @dataclass(frozen=True)
 class Manifest:
-    """target: "cpu". expanded: weights are constant-folded to float32 at load, else they stay packed.
+    """target: "cpu" or "cuda". expanded: weights are constant-folded to float32 at load, else they stay packed.
     capacity: largest number of positions that a run may ask for."""
 
     version: str

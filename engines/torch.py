@@ -27,6 +27,9 @@ class TorchEngine:
         graphs = GRAPHS if self.manifest.has_mtp else GRAPHS[:2]
         self.graphs = {name: Graph(name, config, header, self.manifest.formats).load(weights) for name in graphs}
 
+    def load(self, *graphs: str) -> None:
+        """Everything is ready once the engine is."""
+
     def start(self, capacity: int, window: int) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         for graph in self.graphs:

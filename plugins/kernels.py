@@ -41,7 +41,9 @@ def compile_kernels(source: Path, arch: str, defines: Mapping[str, int | str]) -
     try:
         from cuda.bindings import nvrtc
     except ImportError:
-        raise UserError("the cuda target needs the packages cuda-bindings and nvidia-cuda-nvrtc: `make setup`") from None
+        raise UserError(
+            "the cuda target needs the packages cuda-bindings and nvidia-cuda-nvrtc: `make setup`"
+        ) from None
     flags = [f"-arch={arch}", "-std=c++17", "-default-device", f"-I{ROOT}", "-lineinfo"]
     options = [option.encode() for option in flags + [f"-D{name}={value}" for name, value in defines.items()]]
     program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), str(source).encode(), 0, [], []))
@@ -100,6 +102,8 @@ class Module:
 
 
 class Kernel:
+    launched = 0  # by this process, for benchmarks
+
     def __init__(self, function: Any, name: str) -> None:
         self.function, self.name, self._shared = function, name, 0
 
@@ -128,5 +132,6 @@ class Kernel:
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs, config.numAttrs = [attribute], 1
+        Kernel.launched += 1
         pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(value) for value in args))
         _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))

@@ -25,6 +25,24 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor) 
     return (values * scales[..., None]).flatten(-2)
 
 
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """weight [N, K] of any float dtype -> codes uint8 [N, K/2], scale uint8 [N, K/16], scale_2 float32 [], as NVIDIA
+    ModelOpt quantizes; in slices, so that a vocabulary's matrix takes little memory besides."""
+    scale_2 = (weight.abs().amax().float() / (6 * 448)).clamp_min(torch.finfo(torch.float32).tiny)
+    levels = torch.tensor(E2M1, device=weight.device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    codes, scales = [], []
+    for rows in weight.split(1 << 14):
+        blocks = rows.float().unflatten(-1, (-1, GROUP))  # [N, K/16, 16]
+        scale = (blocks.abs().amax(-1) / (6 * scale_2)).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+        scaled = blocks / (scale.float() * scale_2)[..., None]
+        code = torch.bucketize(scaled.abs(), middles) | (scaled < 0).long() << 3
+        code = code.flatten(-2).to(torch.uint8)
+        codes.append(code[:, 0::2] | code[:, 1::2] << 4)
+        scales.append(scale.view(torch.uint8))
+    return torch.cat(codes), torch.cat(scales), scale_2
+
+
 def table(name: str, values: torch.Tensor) -> str:
     """A body statement: a float32 constant with these values."""
     shape = ",".join(map(str, values.shape))

@@ -8,6 +8,7 @@ repeats. Decoding only: prefill is timed apart. The last line of stdout is one J
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import inspect
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines.manifest import WEIGHTS
+from engines.manifest import NAME, WEIGHTS, Manifest
 from engines.onnxruntime import OnnxRuntimeEngine
 from export.cli import Parser, run, say
 from export.config import read_json
@@ -206,6 +207,23 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def bench_cuda(options: argparse.Namespace) -> None:
+    from engines.cuda_model import Gpu, Options
+    from runtime import bench_cuda as cuda
+
+    Gpu.current()
+    if not 0 <= options.simulate_acceptance <= 1:
+        raise UserError(f"--simulate-acceptance {options.simulate_acceptance}: expected a number from 0 to 1")
+    settings = Options(fp8_cache=options.fp8_cache, draft_vocab=options.draft_vocab)
+    if options.synthetic:
+        if options.config is None:
+            raise UserError("--synthetic: name the config.json whose shapes to take with --config")
+        engine = cuda.synthetic_engine(options.config, settings)
+    else:
+        engine = cuda.CudaEngine(options.engines, options=settings)
+    print(json.dumps(cuda.measure(engine, options.simulate_acceptance, options.contexts, options.profile)))
+
+
 def main() -> None:
     parser = Parser(prog="python -m runtime.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--engines", type=Path, default=DEMO, metavar="DIR")
@@ -218,7 +236,18 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="of both sides")
+    gpu = parser.add_argument_group("on a GPU: engines of the cuda target, or --synthetic")
+    gpu.add_argument("--synthetic", action="store_true", help="random weights of --config's shapes, made on the GPU")
+    gpu.add_argument("--config", type=Path, metavar="FILE", help="config.json of a checkpoint, for --synthetic")
+    gpu.add_argument("--simulate-acceptance", type=float, default=0.7, metavar="P", help="of each draft (default 0.7)")
+    gpu.add_argument("--contexts", type=int, nargs="+", default=[128, 4096, 32768], metavar="N")
+    gpu.add_argument("--profile", action="store_true", help="also time every kind of launch by itself")
+    gpu.add_argument("--draft-vocab", type=int, default=0, metavar="N", help="draft from the first N entries only")
+    gpu.add_argument("--fp8-cache", action="store_true", help="keys and values in eight bits")
     options = parser.parse_args()
+    if options.synthetic or ((options.engines / NAME).is_file() and Manifest.read(options.engines).target == "cuda"):
+        bench_cuda(options)
+        return
     engine = OnnxRuntimeEngine(options.engines, threads=options.threads)
     prompts = load_prompts(options.prompts, Tokenizer(options.engines))
     other = Transformers(options.model, engine, options.threads) if options.model else None

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from engines.onnxruntime import OnnxRuntimeEngine
+from engines import open_engine
+from export.bindings import GRAPHS
 from export.cli import Parser, progress, run, say
 from export.errors import UserError
 from runtime.rounds import PREFILL_CHUNK, Round, check_request, generate
@@ -44,6 +45,10 @@ def parse() -> argparse.Namespace:
         parser.add_argument(flag, type=kind, default=field.default, metavar="X", help=f"default {field.default}")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after a stop id")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: one per core)")
+    parser.add_argument(
+        "--draft-vocab", type=int, default=0, metavar="N", help="GPU: draft from the first N entries only"
+    )
+    parser.add_argument("--fp8-cache", action="store_true", help="GPU: keys and values in eight bits")
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write one JSON line per round")
     return parser.parse_args()
@@ -112,13 +117,15 @@ def main() -> None:
     sampler = Sampler(SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)}))
     if options.engines == DEMO and not DEMO.exists():
         raise UserError(f"{DEMO}: the demo's engines are not built; run `make demo`, or name others with --engines")
-    engine = OnnxRuntimeEngine(options.engines, threads=options.threads)
+    if options.draft_vocab < 0:
+        raise UserError(f"--draft-vocab {options.draft_vocab}: expected 0 (all) or more")
+    engine = open_engine(options.engines, options.threads, draft_vocab=options.draft_vocab, fp8_cache=options.fp8_cache)
     # With --token-ids a tokenizer is welcome, for the text, and not needed.
     has_tokenizer = options.token_ids is None or (options.engines / "tokenizer.json").is_file()
     tokenizer = Tokenizer(options.engines) if has_tokenizer else None
     prompt = read_prompt(options, tokenizer)
     check_request(engine, prompt, options.max_new_tokens, options.mtp_k)
-    engine.load("main.prefill", "main.verify", *(("mtp.prefill", "mtp.draft") if options.mtp_k else ()))
+    engine.load(*GRAPHS[: 4 if options.mtp_k else 2])
     config = engine.manifest.config
     stop_ids = () if options.ignore_eos else config.eos_token_id
     rounds: list[Round] = []

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -104,6 +104,15 @@ class Decoder:
         return drafts, tokens
 
 
+def open_decoder(engine: Engine, capacity: int, mtp_k: int, sampler: Sampler, drafter: Sampler | None = None) -> Any:
+    """A Decoder, or on a GPU the one whose rounds are CUDA graphs, which does the same."""
+    if engine.manifest.target != "cuda":
+        return Decoder(engine, capacity, mtp_k, sampler, drafter)
+    from runtime.graph import GraphDecoder  # brings torch, which other targets decode without
+
+    return GraphDecoder(cast(Any, engine), capacity, mtp_k, sampler, drafter)
+
+
 def check_request(engine: Engine, prompt: Sequence[int], max_new_tokens: int, mtp_k: int) -> None:
     """Raises UserError for what this engine cannot do."""
     manifest = engine.manifest
@@ -137,7 +146,7 @@ def generate(
     """Rounds until a stop id, which is emitted, or max_new_tokens. Raises UserError as `check_request`."""
     check_request(engine, prompt, max_new_tokens, mtp_k)
     start = time.perf_counter()
-    decoder = Decoder(engine, len(prompt) + max_new_tokens, mtp_k, sampler, drafter)
+    decoder = open_decoder(engine, len(prompt) + max_new_tokens, mtp_k, sampler, drafter)
     token = decoder.prefill(prompt, update)
     yield Round(len(prompt), (), 0, (token,), time.perf_counter() - start)
     left = max_new_tokens - 1

@@ -20,6 +20,7 @@ enum Control : int {
     HEAD_POSITION,  // of the first of them
     COUNT,          // tokens of the round
     ERROR,          // set, never cleared here: a row of logits was not finite
+    HEAD_LAST,      // HEAD_ROWS - 1, the row that the next draft follows
 };
 
 struct Filters {
@@ -635,4 +636,5 @@ KERNEL accept_drafts(const int* sampled, const int* drafts, int draft_count, flo
     control[POSITION] = position + accepted + 1;
     control[COMMIT] = control[HEAD_ROWS] = control[COUNT] = accepted + 1;
     control[HEAD_POSITION] = position;
+    control[HEAD_LAST] = accepted;
 }

@@ -22,7 +22,7 @@ from runtime.sampling import SamplingConfig
 
 SOURCE = Path(__file__).with_name("sampling.cu")
 CONTROL_WORDS = 16  # int32, zero before the first round
-POSITION, COMMIT, HEAD_ROWS, HEAD_POSITION, COUNT, ERROR = range(6)  # enum Control
+POSITION, COMMIT, HEAD_ROWS, HEAD_POSITION, COUNT, ERROR, HEAD_LAST = range(7)  # enum Control
 MAX_OUTPUTS, MAX_DRAFTS, MAX_VOCAB = 3, 31, 1 << 20
 _THREADS = 256
 _ROW_BYTES = 64 + 12 * 2048  # struct Row

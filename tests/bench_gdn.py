@@ -70,6 +70,7 @@ def decode(module: Module, layers: Layers, rows: int, commit: int) -> float:
     """Microseconds a layer."""
     mixer = GatedDeltaNet(module, SIZES)
     o = torch.empty(rows, SIZES.value_width, device="cuda")
+    squares = torch.empty(rows * SIZES.num_v_heads * mixer.head_parts, device="cuda")
     position, pending = (torch.tensor([value], dtype=torch.int32, device="cuda") for value in (100, commit))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -77,7 +78,9 @@ def decode(module: Module, layers: Layers, rows: int, commit: int) -> float:
         for layer in range(LAYERS):
             memory, weights = layers.addresses(layer)
             scalars = (position.data_ptr(), pending.data_ptr())
-            mixer.decode(memory, weights, *scalars, rows=rows, o=o.data_ptr(), stream=stream)
+            mixer.decode(
+                memory, weights, *scalars, rows=rows, y=o.data_ptr(), squares=squares.data_ptr(), stream=stream
+            )
     graph.replay()
     return median_us(graph.replay) / LAYERS
 

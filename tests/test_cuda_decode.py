@@ -64,7 +64,9 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor, rtol: float = RTOL) 
     difference = (out.cpu().double() - expected).abs()
     scale = expected.abs().max()
     assert not difference.isnan().any()
-    assert difference.max() <= rtol * scale, f"largest {difference.max() / scale:.2e}, mean {difference.mean() / scale:.2e}"
+    assert difference.max() <= rtol * scale, (
+        f"largest {difference.max() / scale:.2e}, mean {difference.mean() / scale:.2e}"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -105,9 +107,7 @@ def test_norm_residual_swiglu_ring_and_mixed_formats(backend: Backend) -> None:
         segment(matrices[1], added, epilogue=ADD),
         segment(matrices[2], act, up=matrices[3], epilogue=SWIGLU),
     ]
-    kernels(backend).linear(
-        arguments, segments, backend.stream, residual=added.data_ptr(), normed=normed.data_ptr()
-    )
+    kernels(backend).linear(arguments, segments, backend.stream, residual=added.data_ptr(), normed=normed.data_ptr())
     backend.sync()
     y = norm(x, weight, 1e-6)
     slots = [(position + t) % 16 for t in range(rows)]
@@ -148,7 +148,9 @@ class Mixture:
         self.halves = [Matrix(backend, format, e, self.inner, h) for _ in range(2)]
         self.down = Matrix(backend, format, e, h, self.inner)
         self.gate_up = [
-            backend.tensor(torch.stack([a.cpu(), b.cpu()], 1).flatten(1, 2) if a.dim() > 1 else torch.stack([a.cpu(), b.cpu()], 1))
+            backend.tensor(
+                torch.stack([a.cpu(), b.cpu()], 1).flatten(1, 2) if a.dim() > 1 else torch.stack([a.cpu(), b.cpu()], 1)
+            )
             for a, b in zip(self.halves[0].tensors, self.halves[1].tensors, strict=True)
         ]
         self.norm = torch.randn(h)
@@ -179,9 +181,18 @@ class Mixture:
         )
         launcher.down(
             DownArguments(
-                routing.data_ptr(), *self.down.pointers, act.data_ptr(), segment(self.down_proj, out),
-                shared_act.data_ptr(), gate.data_ptr(), out.data_ptr(), self.down.format, self.inner,
-                self.shared_inner, h, rows,
+                routing.data_ptr(),
+                *self.down.pointers,
+                act.data_ptr(),
+                segment(self.down_proj, out),
+                shared_act.data_ptr(),
+                gate.data_ptr(),
+                out.data_ptr(),
+                self.down.format,
+                self.inner,
+                self.shared_inner,
+                h,
+                rows,
             ),
             b.stream,
         )

@@ -92,15 +92,27 @@ class Chat:
         return memory, Weights(*(weight.data_ptr() for weight in self.device_weights))
 
     def decode(self, count: int, position: int, commit: int, state: torch.Tensor) -> torch.Tensor:
-        """o of `count` rows of the ring, on the device; writes `state`."""
-        o = self.backend.empty((count, self.sizes.value_width), torch.float32)
+        """y and squares, side by side, of `count` rows of the ring, on the device; writes `state`."""
+        y = self.backend.empty((count, self.sizes.value_width), torch.float32)
+        squares = self.backend.empty((count, self.sizes.num_v_heads * self.mixer.head_parts), torch.float32)
         at, pending = self.scalars(position, commit)
         memory, weights = self.addresses(state)
         self.mixer.decode(
-            memory, weights, at.data_ptr(), pending.data_ptr(), rows=count, o=o.data_ptr(), stream=self.backend.stream
+            *(memory, weights, at.data_ptr(), pending.data_ptr()),
+            rows=count,
+            y=y.data_ptr(),
+            squares=squares.data_ptr(),
+            stream=self.backend.stream,
         )
         self.backend.sync()
-        return o
+        return torch.cat([y, squares], dim=1)
+
+    def normed(self, out: torch.Tensor) -> torch.Tensor:
+        """What the op gives, from `decode`: the products' kernel divides by the heads' root mean squares."""
+        sizes = self.sizes
+        y, squares = out.double().split([sizes.value_width, out.shape[1] - sizes.value_width], dim=1)
+        mean = squares.unflatten(1, (sizes.num_v_heads, -1)).sum(-1) / sizes.head_v_dim
+        return (y.unflatten(1, (sizes.num_v_heads, -1)) * torch.rsqrt(mean + EPSILON)[..., None]).flatten(1)
 
     def inputs(self, rows: torch.Tensor, plain: bool) -> list[torch.Tensor]:
         """The reference's inputs; plain: norm and gate are the identity, so that y is o, to the bits of float64."""
@@ -121,9 +133,9 @@ class Chat:
         rows = self.rows(count)
         self.write(rows)
         o = self.decode(count, self.position, self.pending, self.device_state)
-        expected, *states = verify_reference(*self.inputs(rows, plain=True), **self.attributes(plain=True))
+        expected, *states = verify_reference(*self.inputs(rows, plain=False), **self.attributes(plain=False))
         self.state, self.conv_state, *self.window = states
-        assert_close(o, expected)
+        assert_close(self.normed(o), expected)
         assert_close(self.device_state, self.state)
         self.position, self.pending = self.position + accept, accept
 

@@ -273,6 +273,7 @@ def test_acceptance(backend: Backend) -> None:
         expected = dict.fromkeys(range(CONTROL_WORDS), 0)
         expected |= dict.fromkeys((sampling_cuda.COMMIT, sampling_cuda.HEAD_ROWS, sampling_cuda.COUNT), n + 1)
         expected |= {sampling_cuda.POSITION: position + n + 1, sampling_cuda.HEAD_POSITION: position}
+        expected[sampling_cuda.HEAD_LAST] = n
         assert control.tolist() == list(expected.values())
 
 

@@ -74,6 +74,9 @@ class Memory(NamedTuple):
     recurrent_state: int
 
 
+WEIGHT_NAMES = ("conv1d.weight", "A_log", "dt_bias", "norm.weight")  # in a checkpoint
+
+
 class Weights(NamedTuple):
     """Of one layer, float32: conv_weight [C, 4], A_log and dt_bias [Hv], norm_weight [Dv]."""
 
@@ -92,14 +95,28 @@ class GatedDeltaNet:
         self._block = (columns * lanes, 1, 1)
 
     def decode(
-        self, memory: Memory, weights: Weights, position: int, commit: int, rows: int, o: int, stream: int
+        self,
+        memory: Memory,
+        weights: Weights,
+        position: int,
+        commit: int,
+        rows: int,
+        y: int,
+        squares: int,
+        stream: int,
     ) -> None:
-        """Applies the pending rows to the state, then runs `rows` rows on top of it: o float32 [rows, Hv Dv], before
-        norm and gate. The kernel launched right before may write the rows' slots of the ring, but neither the
+        """Applies the pending rows to the state, then runs `rows` rows on top of it: y float32 [rows, Hv Dv], gated but
+        not yet divided by the root mean square of its head; squares float32 [rows, Hv, head_parts], whose sums over
+        the last dimension are the sums of squares that go into that. The kernel launched right before may write the rows' slots of the ring, but neither the
         scalars `position` (of row 0) and `commit` (int32, 0..8) nor the state nor an older row."""
         assert 0 <= rows <= MAX_ROWS
-        args = [*map(c_void_p, (memory.ring, *weights[:3], memory.recurrent_state, position, commit)), c_int(rows)]
-        self.module.kernel("gdn_decode").launch(self._grid, self._block, [*args, c_void_p(o)], stream)
+        given = (memory.ring, *weights[:3], memory.recurrent_state, position, commit, weights.norm_weight)
+        args = [*map(c_void_p, given), c_int(rows), c_void_p(y), c_void_p(squares)]
+        self.module.kernel("gdn_decode").launch(self._grid, self._block, args, stream)
+
+    @property
+    def head_parts(self) -> int:
+        return self._grid[0]
 
     def scratch_bytes(self, rows: int) -> int:
         """Of a prefill of so many rows: keys [rows, Hk, 2, Dk], values [rows, Hv Dv], gates [rows, Hv, 4]."""
@@ -129,7 +146,7 @@ class GatedDeltaNet:
         gates = c_void_p(scratch + 4 * rows * (2 * sizes.key_width + sizes.value_width))
         warps = (32 * HEADS_PER_BLOCK, 1, 1)
 
-        self.decode(memory, weights, position, commit, rows=0, o=0, stream=stream)
+        self.decode(memory, weights, position, commit, rows=0, y=0, squares=0, stream=stream)
         args = [projections, memory.ring, *weights[:3], position]
         grid = (-(-rows // ROWS_PER_BLOCK), -(-(sizes.num_k_heads + sizes.num_v_heads) // HEADS_PER_BLOCK), 1)
         kernel("gdn_prefill_conv").launch(grid, warps, [*map(c_void_p, args), c_int(rows), keys, values, gates], stream)

@@ -62,11 +62,14 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
     float* recurrent_state,    // [Hv, Dk, Dv]
     const int* position,       // of row 0
     const int* commit,         // 0..8
+    const float* norm_weight,  // [Dv]
     int rows,
-    float* o                   // [rows, Hv Dv]
+    float* y,                  // [rows, Hv Dv]: o * norm_weight * silu(z), to be divided by o's root mean square
+    float* squares             // [rows, Hv, Dv / COLUMNS]: what that is made of: the sums of o² of the columns
 ) {
     __shared__ float4 stage[HEAD_K_DIM * CHUNKS];
     __shared__ float4 slots[MAX_ROWS][SLOT];
+    __shared__ float outs[MAX_ROWS][COLUMNS];
     const int warp = threadIdx.x / 32, head = blockIdx.y, first_column = blockIdx.x * COLUMNS;
     float* block_state = recurrent_state + head * HEAD_K_DIM * HEAD_V_DIM + first_column;
     fetch_state(stage, block_state);
@@ -90,12 +93,20 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
 #pragma unroll 1
         for (int row = 0; row < count; ++row) {
             const float out = step(state, load_row(slots[row], at));
-            if (phase && at.part == 0) o[row * VALUE_WIDTH + head * HEAD_V_DIM + first_column + at.column] = out;
+            if (phase && at.part == 0) outs[row][at.column] = out;
         }
         if (!phase) {
             write_state(stage, state, at);
             __syncthreads();
         }
+    }
+    __syncthreads();
+    for (int row = warp; row < rows; row += WARPS) {
+        const int lane = threadIdx.x % 32, column = lane % COLUMNS, place = head * HEAD_V_DIM + first_column + column;
+        const float out = outs[row][column], z = __ldcg(ring_row(ring, start + row) + Z_OFFSET + place);
+        const float sum = warp_sum(lane < COLUMNS ? out * out : 0.f);
+        if (lane < COLUMNS) y[row * VALUE_WIDTH + place] = out * norm_weight[first_column + column] * silu(z);
+        if (lane == 0) squares[(row * NUM_V_HEADS + head) * gridDim.x + blockIdx.x] = sum;
     }
 }
 

@@ -1,7 +1,7 @@
 """Linear layers of 1..8 rows on a GPU: the ctypes mirrors of the kernels' structures, and their launcher.
 
-    kernels = LinearDecode(Module(cached_kernels(SOURCE, "sm_90", {"NUM_EXPERTS": 256, "TOP_K": 8})), multiprocessors=132)
-    kernels.linear(Input(x=…, k=2048, rows=3, …), [Segment(weight=…, n=8192, …)], stream)
+kernels = LinearDecode(Module(cached_kernels(SOURCE, "sm_90", {"NUM_EXPERTS": 256, "TOP_K": 8})), multiprocessors=132)
+kernels.linear(Input(x=…, k=2048, rows=3, …), [Segment(weight=…, n=8192, …)], stream)
 """
 
 from __future__ import annotations

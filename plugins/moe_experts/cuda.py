@@ -6,7 +6,18 @@ from ctypes import Structure, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
-from plugins.linear.cuda import BYTES, MAX_ROWS, PIPELINE, RESIDENT, TILE, WARPS, Input, Segment, best_groups, entries_bytes
+from plugins.linear.cuda import (
+    BYTES,
+    MAX_ROWS,
+    PIPELINE,
+    RESIDENT,
+    TILE,
+    WARPS,
+    Input,
+    Segment,
+    best_groups,
+    entries_bytes,
+)
 
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS, DOWN_DEPTH = 16, 2
@@ -68,4 +79,10 @@ class ExpertsDecode:
         parts = 4 * TILE * MAX_ROWS * (min(pairs, self.num_experts) + 1)
         grid = -(-arguments.hidden // TILE)
         kernel = self.module.kernel("experts_down")
-        kernel.launch((grid, 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=DOWN_WARPS * DOWN_DEPTH * PIPELINE + entries + parts)
+        kernel.launch(
+            (grid, 1, 1),
+            (32 * DOWN_WARPS, 1, 1),
+            [arguments],
+            stream,
+            shared=DOWN_WARPS * DOWN_DEPTH * PIPELINE + entries + parts,
+        )

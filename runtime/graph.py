@@ -1,0 +1,103 @@
+"""Rounds on a GPU, each one launch: drafts, verify, acceptance and commit captured into a CUDA graph.
+
+Does what runtime.rounds.Decoder does, token for token, over the same kernels; the host only launches the graph and
+reads the round's tokens back. `GraphDecoder` is used by `runtime.rounds.generate` for engines of the cuda target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engines.cuda import PREFILL_CHUNK, CudaEngine
+from export.errors import UserError
+from runtime.sampling import Sampler
+from runtime.sampling_cuda import COUNT, ERROR, seed_words
+
+
+class GraphDecoder:
+    """One sequence. `prefill` once, then `round` as often as wanted. simulate: a benchmark's acceptance."""
+
+    def __init__(
+        self,
+        engine: CudaEngine,
+        capacity: int,
+        mtp_k: int,
+        sampler: Sampler,
+        drafter: Sampler | None = None,
+        simulate: float | None = None,
+    ) -> None:
+        self.engine, self.mtp_k, self.simulate = engine, mtp_k, simulate
+        self.sampling, self.drafting = sampler.config, (drafter or sampler).config
+        engine.start(capacity, window=mtp_k + 1)
+        self.model = engine.model
+        self.model.buffers.seed.copy_(torch.tensor(seed_words(self.sampling.seed), dtype=torch.int32))
+        # The round's tokens, its drafts and the control block, in one pinned copy.
+        b = self.model.buffers
+        self.sources = (b.out_tokens, b.drafts, b.control)
+        self.host = [torch.zeros(t.shape, dtype=t.dtype, pin_memory=True) for t in self.sources]
+        self.stream, self.done = torch.cuda.Stream(), torch.cuda.Event()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def prefill(self, prompt: Sequence[int], update: Callable[[float, float], None] | None = None) -> int:
+        """Run the prompt through the model in chunks and sample the first token."""
+        engine, model = self.engine, self.model
+        prefilled, b = engine.prefilled, model.buffers
+        tokens = torch.tensor(prompt, dtype=torch.int32)
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            rows, hidden = len(chunk), prefilled.buffers.hidden
+            engine._control(POSITION=start, COMMIT=0)
+            prefilled.buffers.tokens[:rows].copy_(chunk)
+            prefilled.main(rows)
+            if self.mtp_k:
+                # Row p of the head pairs hidden p with token p + 1, so it lags one row behind, across chunks too.
+                first = 0 if start else 1
+                count = rows - first
+                if count:
+                    following = tokens[start + first : start + rows]
+                    prefilled.buffers.next_tokens[:count].copy_(following)
+                    prefilled.head(count, first, first - 1)
+                hidden[:1].copy_(hidden[rows : rows + 1])
+            if update:
+                update(start + rows, len(tokens))
+        last = len(tokens)
+        if self.mtp_k:
+            b.hidden[:1].copy_(prefilled.buffers.hidden[:1])
+        engine._control(POSITION=last, COMMIT=0, HEAD_ROWS=1, HEAD_POSITION=last - 1, HEAD_LAST=0)
+        model.sample_first(self.sampling)
+        self.position, self.last = last, int(b.verify_tokens[0])
+        self._check(int(b.control[ERROR]))
+        return self.last
+
+    def capture(self) -> None:
+        """Record the round. Kernels run once before, on the side, since capture loads nothing."""
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self._enqueue()
+
+    def _enqueue(self) -> None:
+        self.model.round(self.mtp_k, self.sampling, self.drafting, self.simulate)
+        for host, source in zip(self.host, self.sources, strict=True):
+            host.copy_(source, non_blocking=True)
+
+    def round(self, count: int) -> tuple[list[int], list[int]]:
+        """One round -> (drafts, the tokens they became). Always K drafts; `count` cuts what is given back."""
+        if self.graph is None:
+            self.capture()
+        assert self.graph is not None
+        self.graph.replay()
+        self.done.record()
+        self.done.synchronize()
+        tokens, drafts, control = (t.tolist() for t in self.host)
+        self._check(control[ERROR])
+        emitted = tokens[: control[COUNT]]
+        self.position += len(emitted)
+        return drafts[:count], emitted[: count + 1]
+
+    @staticmethod
+    def _check(error: int) -> None:
+        if error:
+            raise UserError("the logits are not finite: the checkpoint holds NaN or infinity; download it again")
