@@ -63,7 +63,7 @@ class DeviceWeights:
                 raw = raw.clone()
             tensors[name] = raw.view(dtype).view(entry.shape)
         weights = cls(tensors, formats)
-        if any(entry.dtype in ("F16", "F32") and len(entry.shape) >= 2 for entry in header.values()):
+        if any(e.dtype in ("F16", "F32") and len(e.shape) >= 2 and n.endswith(".weight") for n, e in header.items()):
             say("float16 and float32 matrices are rounded to bfloat16 on the GPU")
         return weights
 
@@ -74,7 +74,7 @@ class DeviceWeights:
         generator = torch.Generator("cuda").manual_seed(seed)
         tensors: dict[str, Tensor] = {}
         for module, format, shape in synthetic_modules(config):
-            formats[module] = format
+            formats[module.rpartition(".")[0] if ".experts." in module else module] = format
             for suffix, tensor in _random(module, format, shape, generator):
                 tensors[f"{module}{suffix}"] = tensor
         for name, shape in synthetic_vectors(config):

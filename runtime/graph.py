@@ -39,6 +39,7 @@ class GraphDecoder:
         self.host = [torch.zeros(t.shape, dtype=t.dtype, pin_memory=True) for t in self.sources]
         self.stream, self.done = torch.cuda.Stream(), torch.cuda.Event()
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.position = 0
 
     def prefill(self, prompt: Sequence[int], update: Callable[[float, float], None] | None = None) -> int:
         """Run the prompt through the model in chunks and sample the first token."""

@@ -92,7 +92,6 @@ KERNEL __launch_bounds__(THREADS, 2) linear_prefill(
         tile.out = (uint8_t*)segment.out + out_start * (paired ? 2 : 4);
         tile.out_stride = segment.out_stride;
         tile.features = min(features, segment.n - first_row);
-        tile.prefetch = true;
     }
     __syncthreads();
     uint8_t* shared = (uint8_t*)shared_memory;

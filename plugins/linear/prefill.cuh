@@ -35,8 +35,7 @@ struct Tile {
     int epilogue;
     void* out;  // from the tile's first token and feature on
     int out_stride;
-    int features;   // that the tile has in `out`
-    bool prefetch;  // the weights do not depend on what ran before: copy them while that ends
+    int features;  // that the tile has in `out`
 };
 
 DEVICE int64_t row_bytes(int format, int k) { return format == BF16 ? 2 * k : format == FP8 ? k : k / 2; }
@@ -146,8 +145,8 @@ struct Product {
         weight = is_up(row) ? tile.weight_up : tile.weight;
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
-            weight_offset[i] = matrix_row(row + i * (THREADS / PIECES)) * (k / CHUNK * Row::ROW_BYTES +
-                               k % CHUNK * Row::ROW_BYTES / CHUNK) + threadIdx.x % PIECES * 16;
+            weight_offset[i] =
+                matrix_row(row + i * (THREADS / PIECES)) * (int)row_bytes(FORMAT, k) + threadIdx.x % PIECES * 16;
         if (FORMAT == NVFP4)
             scale = (is_up(threadIdx.x) ? tile.scale_up : tile.scale) + matrix_row(threadIdx.x) * (k / 16);
     }
@@ -237,20 +236,12 @@ struct Product {
     }
 
     DEVICE void run(float (&sum)[2][COLUMNS][4]) {
-        if (tile.prefetch) {
-#pragma unroll
-            for (int step = 0; step < STAGES - 1; step++)
-                if (step < steps) copy_weights(step, stage(step));
-            wait_for_previous();
-            launch_next();
-        }
+        for (int step = 0; step < STAGES - 1 && step < steps; step++) copy_weights(step, stage(step));
+        wait_for_previous();
+        launch_next();
         locate_rows();
-#pragma unroll
         for (int step = 0; step < STAGES - 1; step++) {
-            if (step < steps) {
-                if (!tile.prefetch) copy_weights(step, stage(step));
-                copy_rows(step, stage(step));
-            }
+            if (step < steps) copy_rows(step, stage(step));
             copy_commit();
         }
         int slot = 0, free_slot = STAGES - 1;
