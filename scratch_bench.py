@@ -1,12 +1,17 @@
 import sys, torch, ctypes, statistics, time
-from plugins.kernels import Module, cached_kernels
+from plugins.kernels import Module, cached_kernels, compile_kernels
 from plugins.linear import cuda as L
 from plugins.linear.cuda import *
 from plugins.moe_experts import cuda as E
+import os
+W,R,D,G=(int(v) for v in os.environ.get("CFG","8,2,4,2").split(","))
+L.WARPS,L.RESIDENT,L.DEPTH=W,G,D; E.WARPS,E.RESIDENT=W,G; WARPS=W
+XD={"BLOCK_WARPS":W,"RESIDENT":R,"PIPELINE_DEPTH":D}
+print("CONFIG",W,R,D)
 torch.manual_seed(0)
 cap=torch.cuda.get_device_capability(); arch=f"sm_{cap[0]}{cap[1]}"; SM=torch.cuda.get_device_properties(0).multi_processor_count
 torch.zeros(1,device="cuda"); torch.cuda.synchronize(); t0=time.time()
-mod=Module(cached_kernels(L.SOURCE, arch, {"NUM_EXPERTS":256,"TOP_K":8})); emod=Module(cached_kernels(E.SOURCE, arch, {"NUM_EXPERTS":256,"TOP_K":8}))
+mod=Module(compile_kernels(L.SOURCE, arch, {"NUM_EXPERTS":256,"TOP_K":8,**XD})); emod=Module(cached_kernels(E.SOURCE, arch, {"NUM_EXPERTS":256,"TOP_K":8,**XD}))
 print("compile", time.time()-t0)
 lin=LinearDecode(mod, SM); ex=E.ExpertsDecode(emod, SM, 256, 8)
 def rnd(*s): return torch.randint(0,256,s,dtype=torch.uint8,device="cuda")
@@ -50,9 +55,9 @@ H=2048; N=24
 x=torch.randn(8,H,device="cuda"); nw=torch.randn(H,device="cuda")*0.1; mixed=torch.randn(8,4096,device="cuda"); ring=torch.randn(32,12384,device="cuda")
 pos=torch.tensor([7],dtype=torch.int32,device="cuda"); logits=torch.empty(8,256,device="cuda"); sg=torch.empty(8,device="cuda")
 act=torch.zeros(64,512,device="cuda"); sact=torch.zeros(8,512,device="cuda"); routing=torch.zeros(routing_bytes(8),dtype=torch.uint8,device="cuda"); counter=torch.zeros(1,dtype=torch.int32,device="cuda")
-gw=torch.rand(128,device="cuda")
+sq=torch.rand(8,32,4,device="cuda")*32
 biglog=torch.empty(8,248320,device="cuda")
-for T in (1,3):
+for T in ((1,3) if os.environ.get('T') is None else (int(os.environ['T']),)):
     print("T",T)
     def inp(): return Input(x=x.data_ptr(),norm_weight=nw.data_ptr(),epsilon=1e-6,x_stride=H,k=H,rows=T,position=pos.data_ptr())
     ls=[]
@@ -62,7 +67,7 @@ for T in (1,3):
     bench("in_proj FP8 12288x2048", ls, 12288*2048+64*4096); ls=[]
     for i in range(N):
         s=[seg(1,2048,4096,x,H,epilogue=ADD)]
-        g=Input(mixed.data_ptr(),gw.data_ptr(),ring.data_ptr(),pos.data_ptr(),1e-6,4096,12384,31,128,4096,T)
+        g=Input(x=mixed.data_ptr(),head_squares=sq.data_ptr(),epsilon=1e-6,x_stride=4096,head_dim=128,head_parts=4,k=4096,rows=T)
         ls.append(lambda st,s=s,g=g: lin.linear(g,s,st,residual=x.data_ptr()))
     bench("out_proj FP8 2048x4096 gated", ls, 2048*4096); ls=[]
     for i in range(N):

@@ -225,8 +225,8 @@ def measure(engine: CudaEngine, simulate: float, contexts: Sequence[int], profil
             f"prefill of {length}: {r['ms']:.1f} ms to the first token, {r['tokens_per_second']:.0f} tokens/s",
             flush=True,
         )
-    result: dict[str, Any] = {"copy_gb_per_second": bandwidth / 1e9, "weights_gb": weights / 1e9, "simulated_acceptance": simulate}
-    result |= {"decode": decoded, "prefill": prefilled}
+    result: dict[str, Any] = {"copy_gb_per_second": bandwidth / 1e9, "weights_gb": weights / 1e9}
+    result |= {"simulated_acceptance": simulate, "decode": decoded, "prefill": prefilled}
     if profiled:
         for rows in (1, 3):
             result[f"profile_{rows}"] = table = profile(engine, rows, contexts[0], bandwidth)

@@ -107,8 +107,9 @@ class GatedDeltaNet:
     ) -> None:
         """Applies the pending rows to the state, then runs `rows` rows on top of it: y float32 [rows, Hv Dv], gated but
         not yet divided by the root mean square of its head; squares float32 [rows, Hv, head_parts], whose sums over
-        the last dimension are the sums of squares that go into that. The kernel launched right before may write the rows' slots of the ring, but neither the
-        scalars `position` (of row 0) and `commit` (int32, 0..8) nor the state nor an older row."""
+        the last dimension are the sums of squares that go into that. The kernel launched right before may write the
+        rows' slots of the ring, but neither the scalars `position` (of row 0) and `commit` (int32, 0..8) nor the
+        state nor an older row."""
         assert 0 <= rows <= MAX_ROWS
         given = (memory.ring, *weights[:3], memory.recurrent_state, position, commit, weights.norm_weight)
         args = [*map(c_void_p, given), c_int(rows), c_void_p(y), c_void_p(squares)]

@@ -155,9 +155,9 @@ struct Product {
 
     DEVICE uint8_t* stage(int slot) const { return shared + SCALE_SLOTS * SCALE_BYTES + slot * STAGE_BYTES; }
     DEVICE int chunk(int step) const { return step < chunks ? step : step - chunks; }
-    DEVICE uint8_t* scales(int step) const {
+    DEVICE uint8_t* scales(int step) const {  // of the first row; the others' follow at 16 bytes
         int slot = chunk(step) / SCALE_CHUNKS + (step < chunks ? 0 : (chunks + SCALE_CHUNKS - 1) / SCALE_CHUNKS);
-        return shared + slot % SCALE_SLOTS * SCALE_BYTES;
+        return shared + slot % SCALE_SLOTS * SCALE_BYTES + chunk(step) % SCALE_CHUNKS * (CHUNK / 16);
     }
 
     DEVICE void copy_weights(int step, uint8_t* stage) const {

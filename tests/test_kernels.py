@@ -1,0 +1,59 @@
+"""Every kernel compiles for every architecture, at the sizes of Qwen3.6-35B-A3B and of the demo, without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines.cuda_memory import gdn_sizes
+from export.config import ModelConfig
+from plugins.gated_attention import cuda as attention
+from plugins.gated_delta_net import cuda as gdn
+from plugins.kernels import CompileError, compile_kernels
+from plugins.linear import cuda as linear
+from plugins.linear import prefill as linear_prefill
+from plugins.moe_experts import cuda as experts
+from plugins.moe_experts import prefill as experts_prefill
+from runtime import sampling_cuda
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {"35b": ROOT / "demo/qwen3.6-35b-a3b.json", "demo": ROOT / "demo/checkpoint"}
+EXPERTS = (linear.SOURCE, linear_prefill.SOURCE, experts.SOURCE, experts_prefill.SOURCE)
+ATTENTION = (attention.DECODE_SOURCE, attention.PREFILL_SOURCE)
+SOURCES = (*EXPERTS, *ATTENTION, gdn.SOURCE, sampling_cuda.SOURCE)
+
+
+def macros(source: Path, config: ModelConfig, fp8_cache: bool = False) -> dict[str, int | str]:
+    if source in EXPERTS:
+        return {"NUM_EXPERTS": config.num_experts, "TOP_K": config.num_experts_per_tok}
+    if source in ATTENTION:
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rotary_dim
+        return attention.Sizes(*heads, fp8_cache).defines
+    return gdn_sizes(config).macros() if source == gdn.SOURCE else sampling_cuda.defines(config.hidden_size)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_source_compiles_without_a_gpu(source: Path, arch: str) -> None:
+    for config in CONFIGS.values() if arch == "sm_90" else [CONFIGS["35b"]]:
+        cubin = compile_kernels(source, arch, macros(source, ModelConfig.from_hf(config)))
+        assert cubin.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
+@pytest.mark.parametrize("source", ATTENTION, ids=lambda path: path.stem)
+def test_an_eight_bit_cache_compiles(source: Path, arch: str) -> None:
+    compile_kernels(source, arch, macros(source, ModelConfig.from_hf(CONFIGS["35b"]), fp8_cache=True))
+
+
+def test_all_sources_are_listed() -> None:
+    found = {path for folder in ("plugins", "runtime") for path in (ROOT / folder).rglob("*.cu")}
+    assert found == {path.resolve() for path in SOURCES}
+
+
+def test_a_source_that_does_not_compile_says_where(tmp_path: Path) -> None:
+    source = tmp_path / "broken.cu"
+    source.write_text('#include "common.cuh"\nKERNEL broken() { undefined_name = 1; }\n')
+    with pytest.raises(CompileError, match=r"(?s)broken\.cu for sm_90.*undefined_name"):
+        compile_kernels(source, "sm_90", {})
