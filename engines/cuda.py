@@ -21,7 +21,7 @@ from engines.manifest import WEIGHTS, Manifest
 from export.cli import progress
 from export.errors import UserError
 from plugins.linear.cuda import MAX_ROWS
-from runtime import sampling_cuda
+from plugins.sampling import cuda as sampling_cuda
 
 PREFILL_CHUNK = 2048
 SLACK = 64  # slots beyond the capacity asked for: a round writes all its drafts

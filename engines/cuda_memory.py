@@ -11,7 +11,7 @@ from torch import Tensor
 from export.config import FULL, ModelConfig
 from plugins.gated_delta_net import cuda as gdn
 from plugins.linear import cuda as linear
-from runtime import sampling_cuda
+from plugins.sampling import cuda as sampling_cuda
 
 
 def floats(*shape: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,10 @@ from plugins.kernels import Module, cached_kernels
 from plugins.linear import cuda as linear
 from plugins.linear.cuda import ADD, FORMATS, MAX_ROWS, PACK, PACK_NVFP4, SWIGLU, Input, Segment
 from plugins.moe_experts import cuda as experts
-from runtime import sampling_cuda
-from runtime.sampling import SamplingConfig
+from plugins.sampling import cuda as sampling_cuda
+
+if TYPE_CHECKING:
+    from runtime.sampling import SamplingConfig
 
 LEAST_CAPABILITY = (8, 0)
 DRAFT_HEAD = "mtp.draft_head"  # the quantized copy of a bfloat16 lm_head

@@ -19,7 +19,7 @@ from plugins.gated_delta_net import cuda as gdn
 from plugins.linear import prefill as linear
 from plugins.linear.cuda import ADD, FORMATS, SWIGLU
 from plugins.moe_experts import prefill as experts
-from runtime import sampling_cuda
+from plugins.sampling import cuda as sampling_cuda
 
 
 class Prefill:

@@ -12,8 +12,8 @@ import torch
 
 from engines.cuda import PREFILL_CHUNK, CudaEngine
 from export.errors import UserError
+from plugins.sampling.cuda import COUNT, ERROR, seed_words
 from runtime.sampling import Sampler
-from runtime.sampling_cuda import COUNT, ERROR, seed_words
 
 
 class GraphDecoder:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plugins import rms_norm
-from runtime import sampling_cuda
+from plugins.sampling import cuda as sampling_cuda
+from plugins.sampling.cuda import CONTROL_WORDS, SOURCE, SamplingKernels, defines, seed_words
 from runtime.sampling import Sampler, SamplingConfig, all_gumbel, philox
-from runtime.sampling_cuda import CONTROL_WORDS, SOURCE, SamplingKernels, defines, seed_words
 from tests.backends import BACKENDS, Backend, pointer
 
 HIDDEN = 48  # no multiple of a warp's 256

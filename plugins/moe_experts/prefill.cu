@@ -35,20 +35,19 @@ KERNEL __launch_bounds__(32 * CHUNK_ROWS) moe_route(
     const __grid_constant__ Grouping group,
     int rows) {
     __shared__ uint32_t chosen[NUM_EXPERTS];
+    __shared__ int ids[CHUNK_ROWS][TOP_K];
+    __shared__ float weights[CHUNK_ROWS][TOP_K];
     clear_chunk(chosen);
     wait_for_previous();
     launch_next();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x * CHUNK_ROWS + warp;
     if (row < rows) {
-        int ids[TOP_K];
-        float weights[TOP_K];
-        pick_experts(logits + (int64_t)row * NUM_EXPERTS, ids, weights);
-#pragma unroll
-        for (int j = 0; j < TOP_K; j++) {
-            if (lane != j % 32) continue;
-            group.ids[row * TOP_K + j] = ids[j];
-            group.weights[row * TOP_K + j] = weights[j];
-            atomicOr(&chosen[ids[j]], 1u << warp);
+        pick_experts(logits + (int64_t)row * NUM_EXPERTS, ids[warp], weights[warp]);
+        __syncwarp();
+        for (int j = lane; j < TOP_K; j += 32) {
+            group.ids[row * TOP_K + j] = ids[warp][j];
+            group.weights[row * TOP_K + j] = weights[warp][j];
+            atomicOr(&chosen[ids[warp][j]], 1u << warp);
         }
     }
     __syncthreads();

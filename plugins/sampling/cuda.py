@@ -1,4 +1,4 @@
-"""Launches runtime/sampling.cu: embedding rows, the head's inputs, sampling and acceptance without leaving the device.
+"""Launches kernel.cu: embedding rows, the head's inputs, sampling and acceptance without leaving the device.
 
     kernels = SamplingKernels(Module(cached_kernels(SOURCE, "sm_90", defines(hidden_size))), vocab_size)
     scratch = torch.zeros(kernels.scratch_bytes(rows=3), dtype=torch.uint8, device="cuda")
@@ -16,11 +16,12 @@ import math
 from collections.abc import Sequence
 from ctypes import Structure, c_double, c_float, c_int, c_void_p
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from runtime.sampling import SamplingConfig
+if TYPE_CHECKING:
+    from runtime.sampling import SamplingConfig
 
-SOURCE = Path(__file__).with_name("sampling.cu")
+SOURCE = Path(__file__).with_name("kernel.cu")
 CONTROL_WORDS = 16  # int32, zero before the first round
 POSITION, COMMIT, HEAD_ROWS, HEAD_POSITION, COUNT, ERROR, HEAD_LAST = range(7)  # enum Control
 MAX_OUTPUTS, MAX_DRAFTS, MAX_VOCAB = 3, 31, 1 << 20

@@ -1,5 +1,5 @@
 // What a round does between its products and mixers: rows of the embedding, the head's inputs, sampling, acceptance.
-// Launched by runtime/sampling_cuda.py. Macro: HIDDEN, the width of an embedding row, a multiple of 8.
+// Launched by cuda.py. Macro: HIDDEN, the width of an embedding row, a multiple of 8.
 //
 // Sampling is runtime/sampling.py's, entry by entry. Whatever is added up across threads is an integer and whatever is
 // compared across them has one largest value, so the token of a row depends on no order of arrival and on no other row.
@@ -12,7 +12,7 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int MAX_OUTPUTS = 3;
 constexpr float LARGEST = 3.402823466e38f;  // of the finite floats
 
-// Words of the control block in device memory, mirrored by sampling_cuda.py.
+// Words of the control block in device memory, mirrored by cuda.py.
 enum Control : int {
     POSITION,       // of the last token, which no verify has seen: its row 0
     COMMIT,         // rows of the last verify to commit
@@ -178,7 +178,7 @@ struct Row {
     Wide mass[BINS];
     uint32_t count[BINS];
 };
-static_assert(sizeof(Row) == 64 + 12 * BINS, "sampling_cuda.py allocates this");
+static_assert(sizeof(Row) == 64 + 12 * BINS, "cuda.py allocates this");
 
 // Behind each Row lie the [V] places of its list.
 DEVICE Row& row_of(uint8_t* scratch, int vocab) {
