@@ -1,4 +1,4 @@
-"""Times the kernels of runtime/sampling.cu on a GPU, at the sizes of Qwen3.6-35B-A3B: µs per launch, as in a round.
+"""Times the kernels of plugins/sampling on a GPU, at the sizes of Qwen3.6-35B-A3B: µs per launch, as in a round.
 
 PYTHONPATH=. python tests/bench_sampling.py
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.sampling import SamplingConfig
-from runtime.sampling_cuda import CONTROL_WORDS, ERROR, SOURCE, SamplingKernels, defines, seed_words
+from plugins.sampling.cuda import CONTROL_WORDS, ERROR, SOURCE, SamplingKernels, defines, seed_words
 from tests.backends import GPU
 
 VOCAB, HIDDEN = 248320, 2048

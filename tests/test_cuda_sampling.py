@@ -1,4 +1,4 @@
-"""runtime/sampling.cu against runtime/sampling.py, and against plain models of the rest of a round.
+"""plugins/sampling against runtime/sampling.py, and against plain models of the rest of a round.
 
 pytest tests/test_cuda_sampling.py
 """
