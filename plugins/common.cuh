@@ -109,6 +109,17 @@ DEVICE uint32_t e4m3_odd_half2(uint32_t word) {
 }
 DEVICE uint32_t e4m3_even_half2(uint32_t word) { return e4m3_odd_half2(word << 8); }
 
+// Two E4M3 bytes as half2, the first in the low half; NaN codes read as anything.
+DEVICE uint32_t e4m3x2_to_half2(uint16_t bytes) {
+#if __CUDA_ARCH__ >= 890
+    uint32_t pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(bytes));
+    return pair;
+#else
+    return e4m3_odd_half2(__byte_perm(bytes, 0, 0x1404));
+#endif
+}
+
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
 DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }

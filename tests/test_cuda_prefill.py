@@ -241,7 +241,13 @@ class Experts:
 @pytest.mark.parametrize("format", ["float", "nvfp4"])
 @pytest.mark.parametrize(
     ("kind", "rows", "num_experts", "top_k", "hidden", "inner"),
-    [("one", 150, 5, 1, 96, 32), ("few", 70, 40, 3, 160, 96), ("ties", 33, 16, 4, 256, 64), ("ties", 1, 8, 8, 32, 32)],
+    [
+        ("one", 150, 5, 1, 96, 32),
+        *[("one", rows, 5, 1, 64, 32) for rows in (45, 90, 128)],
+        ("few", 70, 40, 3, 160, 96),
+        ("ties", 33, 16, 4, 256, 64),
+        ("ties", 1, 8, 8, 32, 32),
+    ],
 )
 def test_experts(
     backend: Backend, format: str, kind: str, rows: int, num_experts: int, top_k: int, hidden: int, inner: int

@@ -18,11 +18,16 @@ SOURCE = Path(__file__).parent / "decode.cu"
 FORMATS = {"float": 0, "fp8": 1, "nvfp4": 2}  # enum Format; "float" is bfloat16 on a GPU
 BYTES = {0: 2.0, 1: 1.0, 2: 0.5}  # per weight
 STORE, ADD, SWIGLU = range(3)  # enum Epilogue
-PACK, PACK_NVFP4 = 1, 2  # Segment.pack
+PACK, PACK_NVFP4 = 1, 2  # Segment.pack: nothing by now
 MAX_SEGMENTS, MAX_ROWS, TILE = 4, 8, 16
-WARPS, RESIDENT, DEPTH = 8, 2, 4  # of a block; blocks that a multiprocessor holds; passes under way (stage.cuh)
+SET_ROWS = 4  # rows that a tensor core multiplies at a time; kernels of more are their own
+WARPS = 8  # of a block (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
-PIPELINE = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
+SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
+BUDGET = 99 << 10  # bytes of shared memory: two blocks, of this kernel and the next, on a multiprocessor
+MAX_DEPTH = 6  # passes under way
+MAX_EXPERTS = 512
+MANY_TILES = 16  # a multiprocessor
 
 
 class Segment(Structure):
@@ -78,13 +83,19 @@ class Input(Structure):
         ("k", c_int),
         ("rows", c_int),
         ("groups", c_int),
-        ("padding", c_int),
+        ("depth", c_int),
     ]
 
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a launch: the warps' pipelines, the staged rows, the sums of two turns."""
-        return WARPS * DEPTH * PIPELINE + int(self.rows) * (entries_bytes(self.k) + 2 * WARPS * TILE * 4)
+    def plan(self, tiles: int, multiprocessors: int) -> tuple[int, int]:
+        """Sets groups and depth. -> (blocks, bytes of shared memory) of a launch over so many tiles."""
+        rows = int(self.rows)
+        per_block = -(-tiles // multiprocessors)
+        # One block each leaves half a multiprocessor to the next kernel; many tiles are faster with two.
+        blocks = min(tiles, multiprocessors * (2 if per_block > MANY_TILES else 1))
+        self.groups = min(-(-tiles // blocks), WARPS)
+        others = rows * row_bytes(self.k) + int(self.groups) * WARPS * rows * TILE * 4
+        self.depth = min(max((BUDGET - others) // (WARPS * SLOT), 2), MAX_DEPTH)
+        return blocks, others + WARPS * int(self.depth) * SLOT
 
 
 class Routing(Structure):
@@ -102,15 +113,14 @@ class LinearArguments(Structure):
     ]
 
 
-def entries_bytes(k: int) -> int:
-    """Shared memory of one staged row of k values: bfloat16 high and low parts."""
-    return 4 * k
+def row_bytes(k: int) -> int:
+    """Shared memory of one staged row of k values: 16 bits of high and low parts (tile.cuh)."""
+    return 2 * (2 * k + 16)
 
 
 def routing_bytes(top_k: int) -> int:
-    """Size of `struct Routing` (plugins/moe_routing/routing.cuh)."""
-    items = MAX_ROWS * top_k
-    return 4 * (1 + items + items * MAX_ROWS + 2 * MAX_ROWS * top_k)
+    """Size of `struct Routing` (plugins/moe_routing/routing.cuh) at most."""
+    return 4 * MAX_ROWS * MAX_EXPERTS
 
 
 def check_k(k: int, format: str, name: str) -> None:
@@ -118,17 +128,6 @@ def check_k(k: int, format: str, name: str) -> None:
     multiple = 64 if format == "nvfp4" else 32
     if k % multiple:
         raise UserError(f"{name}: {k} inputs; the cuda target takes multiples of {multiple} in this format; use cpu")
-
-
-def best_groups(tiles: int, row_bytes: int, multiprocessors: int) -> int:
-    """How many tiles a block works on side by side: many leave a warp more to do between tiles, few keep all warps
-    busy. Not a matter of the rows, since the sums of a tile are added in another order."""
-
-    def cost(groups: int) -> int:
-        turns = -(-tiles // (RESIDENT * multiprocessors * groups))
-        return turns * (5 + 2 * -(-row_bytes // (WARPS // groups * PASS)))  # a turn costs as much as 2.5 passes
-
-    return min((1, 2, 4, 8), key=cost)
 
 
 class LinearDecode:
@@ -148,15 +147,9 @@ class LinearDecode:
         routing: Routing | None = None,
     ) -> None:
         """Multiplies the rows with every segment. residual: what ADD adds to, read from row *residual_row on.
-        normed: where the normed rows go, float32 [T, K]. routing: segment 0 holds router logits; choose experts."""
+        normed: where the normed rows go, float32 [T, K]. routing: segment 0 is the router: keep its logits where the experts' kernels look."""
         assert 1 <= given.rows <= MAX_ROWS
         arguments = LinearArguments(Segments.of(segments), given, residual, residual_row, normed, routing or Routing())
-        tiles = sum(s.tiles for s in segments)
-        largest = max(segments, key=lambda s: s.n * BYTES[s.format])
-        # Blocks stage their rows for one format at a time: groups of tiles must not straddle segments that differ.
-        mixed = len({s.format == FORMATS["nvfp4"] for s in segments}) > 1
-        row_bytes = int(given.k * BYTES[largest.format])
-        arguments.input.groups = groups = 1 if mixed else best_groups(tiles, row_bytes, self.multiprocessors)
-        grid = min(-(-tiles // groups), RESIDENT * self.multiprocessors)
-        kernel = self.module.kernel("linear")
-        kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.shared_bytes)
+        blocks, shared = arguments.input.plan(sum(s.tiles for s in segments), self.multiprocessors)
+        kernel = self.module.kernel("linear_4" if given.rows <= SET_ROWS else "linear_8")
+        kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)

@@ -1,4 +1,4 @@
-// Linear layers of many rows (chunks of a prompt), and the norm in front of them. Launched by plugins/linear/prefill.py.
+// Linear layers of many rows (chunks of a prompt), and the norm in front of them. Launcher: plugins/linear/prefill.py.
 #include "linear/prefill.cuh"
 
 constexpr int NORM_THREADS = 256;
@@ -47,7 +47,7 @@ KERNEL __launch_bounds__(NORM_THREADS) rms_norm_rows(
     }
 }
 
-// Every segment's product with the rows of x; grid: one block for each tile of 128 weight rows (SWIGLU: 64 features) and
+// Every segment's product with the rows of x. Grid: a block for each tile of 128 weight rows (SWIGLU: 64 features) and
 // tile_tokens <= 128 rows, those that share weights side by side. x_lo may be null where no segment is precise.
 KERNEL __launch_bounds__(THREADS, 2) linear_prefill(
     const uint16_t* x,     // float16 [T, K]

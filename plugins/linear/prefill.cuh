@@ -1,10 +1,10 @@
 // outᵀ = W Xᵀ for many rows on tensor cores: weights of any format times float16 rows, sums in float32.
 //
 // A block multiplies 128 rows of the weight with up to 128 rows of x ("tokens"), both passing through a ring of stages
-// in shared memory, 64 k each. A warp owns 32 rows of the weight and all tokens: a weight is unpacked once, in registers.
-// Of a stage, lane (g, t) takes k 16t .. 16t+15 of its rows, weights and tokens alike, four for each of the four
-// instructions of k 16: a product runs over k, so only both sides' agreement on the order matters, and this one needs
-// neither `ldmatrix` nor permuted rows and gives a lane one NVFP4 group. A token's sums do not depend on the tile.
+// in shared memory, 64 k each. A warp owns 32 rows of the weight and all tokens: a weight is unpacked once, in
+// registers. Of a stage, lane (g, t) takes k 16t .. 16t+15 of its rows, weights and tokens alike, four for each of the
+// four instructions of k 16: a product runs over k, so only both sides' agreement on the order matters, and this one
+// needs neither ldmatrix nor permuted rows and gives a lane one NVFP4 group. A token's sums do not depend on the tile.
 #pragma once
 #include "linear/segment.cuh"
 
@@ -40,7 +40,7 @@ struct Tile {
 
 DEVICE int64_t row_bytes(int format, int k) { return format == BF16 ? 2 * k : format == FP8 ? k : k / 2; }
 
-// ---- unpacking: a lane's sixteen weights of a row, eight at a time, as half2 of neighbours -----------------------------
+// ---- unpacking: a lane's sixteen weights of a row, eight at a time, as half2 of neighbours --------------------------
 
 template <int FORMAT>
 struct Weights;
@@ -114,9 +114,9 @@ struct Weights<BF16> {
     }
 };
 
-// ---- the product -----------------------------------------------------------------------------------------------------
+// ---- the product ----------------------------------------------------------------------------------------------------
 
-// Rows of 128 bytes (x, and BF16 weights) have their 16-byte pieces exchanged in pairs in odd rows, so that eight lanes,
+// Odd rows of 128 bytes (of x, of BF16 weights) have their 16-byte pieces exchanged in pairs, so that eight lanes,
 // which read every second piece of two rows, meet all banks.
 template <int FORMAT, int TOKENS>
 struct Product {
@@ -126,8 +126,8 @@ struct Product {
     static constexpr int SCALE_BYTES = FORMAT == NVFP4 ? TILE_ROWS * 16 : 0;
     static constexpr int FITTING = (SHARED_BYTES - SCALE_SLOTS * SCALE_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = FITTING < 8 ? FITTING : 8;
-    static constexpr int PIECES = Row::ROW_BYTES / 16;        // of a weight's row in a stage; a thread copies as many
-    static constexpr int COLUMNS = TOKENS / 8;                // of 8 tokens
+    static constexpr int PIECES = Row::ROW_BYTES / 16;  // of a weight's row in a stage; a thread copies as many
+    static constexpr int COLUMNS = TOKENS / 8;  // of 8 tokens
     static_assert(STAGES >= 3 && TOKENS % 16 == 0 && TOKENS * (TILE_ROWS + 4) * 4 <= SHARED_BYTES, "shared memory");
 
     const Tile& tile;
@@ -260,7 +260,7 @@ struct Product {
     }
 };
 
-// ---- the end: through shared memory, so that a warp writes neighbouring features of one token --------------------------
+// ---- the end: through shared memory, so that a warp writes neighbouring features of one token -----------------------
 
 DEVICE void store_half2(uint16_t* out, int count, float low, float high) {
     uint32_t pair = to_half2(clamp_half(low), clamp_half(high));

@@ -20,7 +20,7 @@ struct Segment {
     int epilogue;
     int ring_mask;            // row t goes to row (position + t) & ring_mask where this is not zero
     int precise;              // prefill: also multiply what float16 rounds off the rows
-    int pack;                 // decode: write entries of linear/tile.cuh, 1 in order, 2 as NVFP4 takes them
+    int pack;                 // unused
     int padding;
 };
 constexpr int MAX_SEGMENTS = 4;

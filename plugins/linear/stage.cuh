@@ -1,23 +1,18 @@
-// A block of 16 warps that multiplies staged rows with tiles of weights; the frame of linear layers and experts_up.
+// A block of 8 warps that multiplies rows with tiles of weights; the frame of linear layers and experts_up.
 //
-// One block fills less than half a multiprocessor, so that the next kernel's block moves in while this one works and
-// starts fetching its weights: memory is kept busy through what kernels spend waiting for each other.
+// A warp has its own share of k in every tile: it stages that share of the rows itself and multiplies it, so that
+// nothing in a block waits for anything but the sums of a turn. A block takes less than half a multiprocessor: the next
+// kernel's moves in while this one works and starts fetching its weights, which keeps memory busy through what kernels
+// spend waiting for each other.
 #pragma once
 #include "tile.cuh"
 
-#ifndef BLOCK_WARPS
-#define BLOCK_WARPS 8
-#endif
 #ifndef RESIDENT
 #define RESIDENT 2
 #endif
-#ifndef PIPELINE_DEPTH
-#define PIPELINE_DEPTH 4
-#endif
-constexpr int WARPS = BLOCK_WARPS;
+constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr int SEGMENT_K = 256;      // k that a warp stages at a time
-constexpr int MAX_K_SEGMENTS = 96;  // so k <= 24576
+constexpr int PIECE = 256;  // k that a warp stages at a time
 
 struct Input {
     const float* x;             // row t: x + t * x_stride
@@ -26,165 +21,222 @@ struct Input {
     const int* position;        //   every head, whose squares these are. position: of row 0; addresses rings
     float epsilon;
     int x_stride;
-    int head_dim;
+    int head_dim;               // a multiple of 8
     int head_parts;
     int k;
     int rows;
-    int groups;                 // tiles that the block works on side by side, 1 to 8; its warps share them out
-    int padding;
+    int groups;                 // tiles of a turn, 1 to WARPS: a warp each finishes them
+    int depth;                  // passes that a warp has under way, 2 to MAX_DEPTH
 };
 
 struct Staged {
-    float squares[MAX_ROWS][MAX_K_SEGMENTS];  // sums of squares per SEGMENT_K
+    float squares[MAX_ROWS][WARPS];  // sums of squares of the warps' shares
+    uint32_t largest[WARPS][MAX_ROWS];
 };
 
+// A warp's share of k.
+struct Share {
+    int begin, end;
+};
+DEVICE Share share_of(int k) {
+    int size = (k + 64 * WARPS - 1) / (64 * WARPS) * 64, warp = threadIdx.x >> 5;
+    return {min(warp * size, k), min(warp * size + size, k)};
+}
+
 DEVICE float head_factor(const Input& in, int row, int k) {
-    const float* parts = in.head_squares + ((int64_t)row * (in.k / in.head_dim) + k / in.head_dim) * in.head_parts;
+    int heads = (int)__fdividef(in.k + 0.5f, in.head_dim), head = (int)__fdividef(k + 0.5f, in.head_dim);
+    const float* parts = in.head_squares + (row * heads + head) * in.head_parts;
     float sum = 0.f;
-    for (int i = 0; i < in.head_parts; i++) sum += __ldcg(parts + i);
+    if (in.head_parts == 4) {
+        float4 p = __ldcg((const float4*)parts);
+        sum = (p.x + p.y) + (p.z + p.w);
+    } else {
+        for (int i = 0; i < in.head_parts; i++) sum += __ldcg(parts + i);
+    }
     return rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
 }
 
-// Entries of all rows. With a norm in front, x * (1 + weight) and its squares: the row's factor is applied to the
-// product instead, so that staging takes one pass. Two pieces a turn, so that their loads wait together.
-DEVICE void stage(uint4* entries, Staged& staged, const Input& in, bool nvfp4) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int segments = (in.k + SEGMENT_K - 1) / SEGMENT_K, pieces = in.rows * segments;
-    for (int from = warp; from < pieces; from += 2 * WARPS) {
-        float x[2][8] = {}, w[2][8] = {}, factor[2] = {1.f, 1.f};
+// The warp's share of all rows. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
+// applied to the product. weight: the lane's eight values of the norm's in the first piece.
+DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const float (&weight)[8], Share share, int format) {
+    constexpr int BATCH = 4;  // loads that wait together
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
+    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, count = in.rows * pieces;
+    if (lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
+    __syncwarp();
+    int row = 0, piece = 0;
+    for (int from = 0; from < count; from += BATCH) {
+        float x[BATCH][8] = {}, factor[BATCH];
+        int rows[BATCH], at[BATCH];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int piece = from + i * WARPS, row = piece / segments, k = piece % segments * SEGMENT_K + lane * 8;
-            if (piece >= pieces || k >= in.k) continue;
-            load_eight(x[i], in.x + (int64_t)row * in.x_stride + k);
-            if (in.norm_weight) load_eight(w[i], in.norm_weight + k);
-            if (in.head_squares) factor[i] = head_factor(in, row, k);
+        for (int i = 0; i < BATCH; i++) {
+            rows[i] = row, at[i] = share.begin + piece * PIECE + lane * 8, factor[i] = 1.f;
+            if (from + i < count && at[i] < share.end) {
+                load_eight(x[i], in.x + (int64_t)row * in.x_stride + at[i]);
+                if (in.head_squares) factor[i] = head_factor(in, row, at[i]);
+            }
+            if (++piece == pieces) piece = 0, row++;
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int piece = from + i * WARPS, row = piece / segments, k = piece % segments * SEGMENT_K + lane * 8;
-            if (piece >= pieces) break;
+        for (int i = 0; i < BATCH; i++) {
+            if (from + i >= count) break;
             float squares = 0.f;
-#pragma unroll
-            for (int j = 0; j < 8; j++) squares += x[i][j] * x[i][j], x[i][j] *= factor[i] * (1.f + w[i][j]);
+            uint32_t largest = 0;
             if (in.norm_weight) {
-                squares = warp_sum(squares);
-                if (lane == 0) staged.squares[row][piece % segments] = squares;
+                float other[8] = {};
+                bool first = at[i] < share.begin + PIECE;
+                if (!first && at[i] < share.end) load_eight(other, in.norm_weight + at[i]);
+#pragma unroll
+                for (int j = 0; j < 8; j++) squares += x[i][j] * x[i][j], x[i][j] *= 1.f + (first ? weight[j] : other[j]);
             }
-            uint4* out = entries + row * (in.k / 4);
-            if (k < in.k) make_entries(out[entry_place(k / 4, row)], out[entry_place(k / 4 + 1, row)], x[i], nvfp4);
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[i][j] *= factor[i], largest = max(largest, magnitude_bits(x[i][j]));
+            if (at[i] < share.end) put_raw(vectors + 2 * rows[i] * stride + chunk_place(at[i] / 8), stride, x[i]);
+            largest = __reduce_max_sync(ALL_LANES, largest);
+            if (in.norm_weight) squares = warp_sum(squares);
+            if (lane == 0) {
+                staged.squares[rows[i]][warp] += squares;
+                staged.largest[warp][rows[i]] = max(staged.largest[warp][rows[i]], largest);
+            }
         }
     }
-    __syncthreads();
+    __syncwarp();
+    for (int r = 0; r < in.rows; r++) {
+        float scale = scale_of(staged.largest[warp][r], format);
+        for (int k = share.begin + lane * 8; k < share.end; k += PIECE)
+            split_raw(vectors + 2 * r * stride + chunk_place(k / 8), stride, scale, format);
+    }
+    __syncwarp();
 }
 
 DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
     if (!in.norm_weight) return 1.f;
     float sum = 0.f;
-    for (int i = 0; i < (in.k + SEGMENT_K - 1) / SEGMENT_K; i++) sum += staged.squares[row][i];
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) sum += staged.squares[row][i];
     return rsqrtf(__fdividef(sum, in.k) + in.epsilon);
 }
 
-constexpr int DEPTH = PIPELINE_DEPTH;  // passes that a warp has under way
-typedef Pipeline<DEPTH> WarpPipeline;
-constexpr int PIPELINES = WARPS * sizeof(WarpPipeline) / sizeof(uint4);
-
-// The warps' sums of a tile, [warp, tile row, row], in two buffers that take turns.
+// The warps' sums of a turn's tiles, [tile, warp, row, tile row].
 struct Partial {
     float* sums;
-    int rows, warps;  // warps of a group
+    int rows;
 
-    DEVICE void put(const Sums& s) const {
-        int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, column = (lane & 3) * 2;
-        float* out = sums + warp * TILE * rows;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (column + i % 2 < rows) out[(g + i / 2 * 8) * rows + column + i % 2] = s.total(i);
+    DEVICE void put(int tile, int row, int tile_row, float value) const {
+        if (row < rows) sums[((tile * WARPS + (threadIdx.x >> 5)) * rows + row) * TILE + tile_row] = value;
     }
-    DEVICE float get(int tile_row, int row) const {
-        const float* from = sums + (threadIdx.x >> 5) / warps * warps * TILE * rows + tile_row * rows + row;
+    DEVICE float get(int tile, int row, int tile_row) const {
+        const float* from = sums + (tile * WARPS * rows + row) * TILE + tile_row;
         float sum = 0.f;
-        for (int w = 0; w < warps; w++) sum += from[w * TILE * rows];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += from[w * rows * TILE];
         return sum;
     }
 };
 
-// A block goes through tiles in turns of in.groups. EARLY: tiles are known before the previous kernel has ended.
-// total(): number of tiles; find(index): a tile; started(): called once after staging; prepare(tile, value): what
-// `finish` will need from memory, asked for before the product; finish(tile, value, partial, prepared): for each of the
-// tile's values; turned(): called by all threads after each turn.
-// shared_memory: the warps' pipelines, the entries of the rows, the sums.
-template <bool EARLY, typename Total, typename Find, typename Started, typename Prepare, typename Finish, typename Turned>
-DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Staged& staged, const Total& total,
-                             const Find& find, const Started& started, const Prepare& prepare, const Finish& finish,
-                             const Turned& turned) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, column = lane >> 2;
-    int warps = WARPS / in.groups, group = warp / warps, thread = threadIdx.x % (32 * warps);
-    WarpPipeline& pipeline = ((WarpPipeline*)shared_memory)[warp];
-    uint4* entries = shared_memory + PIPELINES;
-    Partial partial = {(float*)(entries + in.rows * (in.k / 4)), in.rows, warps};
-    int other_buffer = WARPS * TILE * in.rows;
-    const int begin = warp % warps * PASS, pass = warps * PASS, turn = gridDim.x * in.groups;
-    const int first = blockIdx.x * in.groups + group;
-    int tiles = EARLY ? total() : 0;
-    if (!EARLY) {
+// A block goes through its tiles (every gridDim.x-th) in turns of in.groups. A Work has
+//   EARLY: its tiles are known before the previous kernel has ended; MIXED: they differ in format;
+//   choose(): called by all threads after the wait, where not EARLY; tiles(): how many there are;
+//   tile, point(index), advance(index): the warp's next tile to fetch, the same of the block's tile after it;
+//   format_at(index, until): a tile's, and that of those up to `until`;
+//   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
+//   finish(index, prepared, staged, partial, place): by a warp, for the tile at a place of the turn;
+//   turned(turn): called by all threads after each turn.
+// shared_memory: the warps' pipelines, the rows' vectors, the sums.
+template <int SETS, typename Work>
+DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Staged& staged, Work& work) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, grid = gridDim.x;
+    Share share = share_of(in.k);
+    Slot* slots = (Slot*)shared_memory + warp * in.depth;
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + WARPS * in.depth);
+    Partial partial = {(float*)(vectors + 2 * in.rows * vector_bytes(in.k)), in.rows};
+    float norm_weight[8] = {};
+    if (in.norm_weight && share.begin + lane * 8 < share.end) load_eight(norm_weight, in.norm_weight + share.begin + lane * 8);
+
+    int first = blockIdx.x, tiles = 0;
+    if (Work::EARLY) {
+        tiles = work.tiles();
+    } else {
         wait_for_previous();
         launch_next();
-        tiles = total();
+        work.choose();
+        tiles = work.tiles();
     }
+    auto prepare = [&] { return work.prepare(warp < in.groups ? first + warp * grid : tiles); };
+    auto prepared = prepare();
 
-    int next_index = first, next_at = begin;
-    Tile next;
-    if (first < tiles) next = find(first);
+    int until = 0, format = -1, staged_format = -1, begin = 0, end = 0;  // of the tile to multiply
+    auto look_at = [&](int index) {
+        format = work.format_at(index, until);
+        begin = bytes_of(share.begin, format), end = bytes_of(share.end, format);
+    };
+    if (first < tiles) look_at(first);
+    int next = first, next_at = 0, next_end = 0;
+    bool working = share.begin < share.end;
+    auto begin_next = [&] {
+        next_at = bytes_of(share.begin, work.tile.format), next_end = bytes_of(share.end, work.tile.format);
+    };
+    if (working && next < tiles) work.point(next), begin_next();
     auto fetch_next = [&](int slot) {
-        if (next_index < tiles) {
-            fetch(pipeline, slot, next, next_at);
-            next_at += pass;
-            if (next_at - begin >= next.row_bytes) {
-                next_index += turn, next_at = begin;
-                if (next_index < tiles) next = find(next_index);
+        if (working && next < tiles) {
+            fetch(slots[slot], work.tile, next_at, next_end);
+            next_at += PASS;
+            if (next_at >= next_end) {
+                next += grid;
+                if (next < tiles) work.advance(next), begin_next();
             }
         }
         copy_commit();
     };
-    for (int slot = 0; slot < DEPTH; slot++) fetch_next(slot);
-    if (EARLY) {
+    for (int slot = 0; slot < in.depth; slot++) fetch_next(slot);
+    if (Work::EARLY) {
         wait_for_previous();
         launch_next();
     }
-    int order = -1, slot = 0, row = column < in.rows ? column : 0;
-    const int own = 16 * (PIPELINES + row * (in.k / 4));
-    Sums sums;
-    for (int index = first; index - group < tiles; index += turn) {
-        bool is_tile = index < tiles;
-        Tile tile = find(is_tile ? index : tiles - 1);
-        if (order != (tile.format == NVFP4)) {  // the same in all groups of a block: see host side
-            if (order >= 0) __syncthreads();    // slower warps still read the other order
-            stage(entries, staged, in, tile.format == NVFP4);
-            if (order < 0) started();
-            order = tile.format == NVFP4;
-        }
-        auto prepared = prepare(tile, thread);
-        if (is_tile) {
+    work.ask(prepared);
+
+    int columns[SETS], slot = 0;
+    float unscale[SETS];
+#pragma unroll
+    for (int s = 0; s < SETS; s++) {
+        int row = s * SET_ROWS + (lane >> 3);
+        columns[s] = (2 * (row < in.rows ? row : 0) + (lane >> 2 & 1)) * vector_bytes(in.k);
+    }
+    Sums<SETS> sums;
+    for (; first < tiles; first += in.groups * grid) {
+        for (int i = 0; i < in.groups; i++) {
+            int index = first + i * grid;
+            if (index >= tiles) break;
+            if (index >= until) look_at(index);
+            if (format != staged_format) {
+                stage(vectors, staged, in, norm_weight, share, format);
+                staged_format = format;
+#pragma unroll
+                for (int s = 0; s < SETS; s++) unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], format);
+            }
             sums.clear();
-            for (int at = begin; at - begin < tile.row_bytes; at += pass) {
-                copy_wait<DEPTH - 1>();
-                __syncwarp();
-                multiply(sums, pipeline, slot, tile.format, at, tile.row_bytes, shared_memory, own, row);
+            for (int at = begin; at < end; at += PASS) {
+                wait_for_pass(in.depth);
+                multiply(sums, slots[slot], format, at, begin, end, vectors, columns);
                 __syncwarp();
                 fetch_next(slot);
-                slot = slot + 1 == DEPTH ? 0 : slot + 1;
+                slot = slot + 1 == in.depth ? 0 : slot + 1;
             }
-            partial.put(sums);
+#pragma unroll
+            for (int s = 0; s < SETS; s++) {
+                partial.put(i, s * SET_ROWS + t, lane >> 2, sums.total(s, 0) * unscale[s]);
+                partial.put(i, s * SET_ROWS + t, (lane >> 2) + 8, sums.total(s, 1) * unscale[s]);
+            }
         }
-        if (warps > 1) __syncthreads();
-        else __syncwarp();
-        if (is_tile) {
-            finish(tile, thread, partial, prepared);
-            for (int value = thread + 32 * warps; value < TILE * in.rows; value += 32 * warps)
-                finish(tile, value, partial, prepare(tile, value));
+        __syncthreads();
+        if (warp < in.groups && first + warp * grid < tiles) work.finish(prepared, staged, partial, warp);
+        work.turned(first == (int)blockIdx.x, staged);
+        if (first + in.groups * grid < tiles) {
+            __syncthreads();  // the sums have been read
+            first += in.groups * grid;
+            prepared = prepare();
+            work.ask(prepared);
+            first -= in.groups * grid;
         }
-        turned(index - group);
-        partial.sums += other_buffer, other_buffer = -other_buffer;
     }
 }

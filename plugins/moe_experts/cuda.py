@@ -6,21 +6,10 @@ from ctypes import Structure, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
-from plugins.linear.cuda import (
-    BYTES,
-    MAX_ROWS,
-    PIPELINE,
-    RESIDENT,
-    TILE,
-    WARPS,
-    Input,
-    Segment,
-    best_groups,
-    entries_bytes,
-)
+from plugins.linear.cuda import BUDGET, MAX_EXPERTS, SET_ROWS, SLOT, TILE, WARPS, Input, Segment, row_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
-DOWN_WARPS, DOWN_DEPTH = 16, 2
+DOWN_WARPS = 12
 
 
 class UpArguments(Structure):
@@ -52,7 +41,7 @@ class DownArguments(Structure):
         ("shared_inner", c_int),
         ("hidden", c_int),
         ("rows", c_int),
-        ("padding", c_int),
+        ("depth", c_int),
     ]
 
 
@@ -60,29 +49,22 @@ class ExpertsDecode:
     """Macros of the module: NUM_EXPERTS and TOP_K."""
 
     def __init__(self, module: Any, multiprocessors: int, num_experts: int, top_k: int) -> None:
+        assert num_experts <= MAX_EXPERTS
         self.module, self.multiprocessors = module, multiprocessors
         self.num_experts, self.top_k = num_experts, top_k
 
     def up(self, arguments: UpArguments, stream: int) -> None:
         given = arguments.input
-        tiles = -(-arguments.inner // 8)
-        row_bytes = int(given.k * BYTES[arguments.format])
-        given.groups = groups = best_groups(self.top_k * tiles, row_bytes, self.multiprocessors)
-        most = min(given.rows * self.top_k, self.num_experts) * tiles
-        grid = min(-(-most // groups), RESIDENT * self.multiprocessors)
-        kernel = self.module.kernel("experts_up")
-        kernel.launch((grid, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=given.shared_bytes)
+        most = min(int(given.rows) * self.top_k, self.num_experts) * -(-arguments.inner // 8)
+        blocks, shared = given.plan(most, self.multiprocessors)
+        kernel = self.module.kernel("experts_up_4" if given.rows <= SET_ROWS else "experts_up_8")
+        kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)
 
     def down(self, arguments: DownArguments, stream: int) -> None:
-        rows, pairs = arguments.rows, arguments.rows * self.top_k
-        entries = pairs * entries_bytes(arguments.inner) + rows * entries_bytes(arguments.shared_inner)
-        parts = 4 * TILE * MAX_ROWS * (min(pairs, self.num_experts) + 1)
-        grid = -(-arguments.hidden // TILE)
-        kernel = self.module.kernel("experts_down")
-        kernel.launch(
-            (grid, 1, 1),
-            (32 * DOWN_WARPS, 1, 1),
-            [arguments],
-            stream,
-            shared=DOWN_WARPS * DOWN_DEPTH * PIPELINE + entries + parts,
-        )
+        rows = int(arguments.rows)
+        staged = rows * (self.top_k * row_bytes(arguments.inner) + row_bytes(arguments.shared_inner))
+        one_round = rows * self.top_k < DOWN_WARPS
+        arguments.depth = 2 if one_round else min(max((BUDGET - staged) // (DOWN_WARPS * SLOT), 2), 4)
+        kernel = self.module.kernel("experts_down_4" if rows <= SET_ROWS else "experts_down_8")
+        shared = staged + DOWN_WARPS * int(arguments.depth) * SLOT
+        kernel.launch((-(-arguments.hidden // TILE), 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=shared)

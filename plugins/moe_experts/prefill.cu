@@ -30,24 +30,57 @@ DEVICE void clear_chunk(uint32_t* chosen) {
     __syncthreads();
 }
 
+// One warp: the TOP_K largest logits of a row, largest first, the lower id first among equals, and their softmax; every
+// lane gets them. (Decoding's pick_experts is made for the shortest wait of one row, this for many rows at once.)
+DEVICE void choose(const float* logits, int (&ids)[TOP_K], float (&weights)[TOP_K]) {
+    constexpr int PER_LANE = (NUM_EXPERTS + 31) / 32;
+    int lane = threadIdx.x % 32;
+    uint32_t keys[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++)
+        keys[i] = i * 32 + lane < NUM_EXPERTS ? ordered(logits[i * 32 + lane]) : 0;  // 0 is below every number
+    float total = 0.f, largest = 0.f;
+#pragma unroll
+    for (int j = 0; j < TOP_K; j++) {
+        uint32_t best = 0, id = NUM_EXPERTS - 1;  // NaN logits: any expert will do
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) best = max(best, keys[i]);
+        best = __reduce_max_sync(ALL_LANES, best);
+#pragma unroll
+        for (int i = PER_LANE - 1; i >= 0; i--)
+            if (keys[i] == best && i * 32 + lane < NUM_EXPERTS) id = i * 32 + lane;
+        id = __reduce_min_sync(ALL_LANES, id);
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++)
+            if (i * 32 + lane == id) keys[i] = 0;
+        ids[j] = id;
+        if (j == 0) largest = from_ordered(best);
+        weights[j] = expf(from_ordered(best) - largest);
+        total += weights[j];
+    }
+#pragma unroll
+    for (int j = 0; j < TOP_K; j++) weights[j] /= total;
+}
+
 KERNEL __launch_bounds__(32 * CHUNK_ROWS) moe_route(
     const float* logits,  // [T, NUM_EXPERTS]
     const __grid_constant__ Grouping group,
     int rows) {
     __shared__ uint32_t chosen[NUM_EXPERTS];
-    __shared__ int ids[CHUNK_ROWS][TOP_K];
-    __shared__ float weights[CHUNK_ROWS][TOP_K];
     clear_chunk(chosen);
     wait_for_previous();
     launch_next();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x * CHUNK_ROWS + warp;
     if (row < rows) {
-        pick_experts(logits + (int64_t)row * NUM_EXPERTS, ids[warp], weights[warp]);
-        __syncwarp();
-        for (int j = lane; j < TOP_K; j += 32) {
-            group.ids[row * TOP_K + j] = ids[warp][j];
-            group.weights[row * TOP_K + j] = weights[warp][j];
-            atomicOr(&chosen[ids[warp][j]], 1u << warp);
+        int ids[TOP_K];
+        float weights[TOP_K];
+        choose(logits + (int64_t)row * NUM_EXPERTS, ids, weights);
+#pragma unroll
+        for (int j = 0; j < TOP_K; j++) {
+            if (lane != j % 32) continue;
+            group.ids[row * TOP_K + j] = ids[j];
+            group.weights[row * TOP_K + j] = weights[j];
+            atomicOr(&chosen[ids[j]], 1u << warp);
         }
     }
     __syncthreads();
@@ -177,8 +210,8 @@ KERNEL __launch_bounds__(THREADS, 2) experts_prefill(const __grid_constant__ Exp
     else multiply_tile<BF16, 32, 64, 96, 128>(tile, shared);
 }
 
-// residual[t] += Σ_j weights[t, j] down[slot[t, j]] + sigmoid(shared_gate[t]) shared[t], in this order; a block for each
-// row. shared null: without that term. H a multiple of 4.
+// residual[t] += Σ_j weights[t, j] down[slot[t, j]] + sigmoid(shared_gate[t]) shared[t], in this order; a block for
+// each row. shared null: without that term. H a multiple of 4.
 KERNEL __launch_bounds__(COMBINE_THREADS) moe_combine(
     float* residual,                          // [T, H]
     const uint16_t* down,                     // float16 [T * TOP_K, H]

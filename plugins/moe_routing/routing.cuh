@@ -1,5 +1,5 @@
-// Routing on the device: the block that finishes the last tile of router logits picks every row's experts and makes
-// the list of distinct experts that the experts' kernels go through. Op: MoeRouting.
+// Routing on the device: every block of the experts' kernels picks each row's experts from the router's logits itself,
+// and makes the list of distinct experts: that takes less time than to wait for one block to do it. Op: MoeRouting.
 #pragma once
 #include "common.cuh"
 
@@ -12,19 +12,24 @@
 constexpr int ROUTED_ROWS = 8;
 constexpr int MAX_ITEMS = ROUTED_ROWS * TOP_K;
 
-// What the experts' kernels read.
+// What the experts' kernels read: the logits once more, at a place of their own.
 struct Routing {
-    int count;                            // of distinct experts
-    int expert[MAX_ITEMS];                // in order of first appearance
-    int slot[MAX_ITEMS][ROUTED_ROWS];     // place of this expert among a row's, or -1
-    int item[ROUTED_ROWS][TOP_K];         // the reverse: a row's experts as places in `expert`
-    float weight[ROUTED_ROWS][TOP_K];
+    float logits[ROUTED_ROWS][NUM_EXPERTS];
 };
 
 struct RoutingArguments {
     const float* logits;  // [T, NUM_EXPERTS]
     Routing* routing;
-    int* counter;         // zero between launches
+    int* counter;         // unused
+};
+
+// A block's copy of what its rows chose, in shared memory.
+struct Chosen {
+    int count;                             // of distinct experts
+    int expert[MAX_ITEMS];                 // in order of first appearance
+    signed char slot[MAX_ITEMS][ROUTED_ROWS];  // place of this expert among a row's, or -1
+    int ids[MAX_ITEMS];                    // [row, place]
+    float weight[ROUTED_ROWS][TOP_K];
 };
 
 // A float's bits as an unsigned integer of the same order.
@@ -37,88 +42,120 @@ DEVICE float from_ordered(uint32_t bits) {
     return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 
-// One warp: the TOP_K largest logits of a row, largest first, the lower id first among equals, and their softmax.
-DEVICE void pick_experts(const float* logits, int (&ids)[TOP_K], float (&weights)[TOP_K]) {
-    constexpr int PER_LANE = (NUM_EXPERTS + 31) / 32;
-    int lane = threadIdx.x & 31;
-    uint32_t keys[PER_LANE];
+constexpr int KEYS = NUM_EXPERTS <= 32 ? 1 : NUM_EXPERTS <= 64 ? 2 : NUM_EXPERTS <= 128 ? 4 : NUM_EXPERTS <= 256 ? 8 : 16;
+static_assert(NUM_EXPERTS <= 512 && MAX_ITEMS <= 64, "more experts than a lane has keys, or a warp pairs");
+
+// Neighbours take turns: descending.
+DEVICE void sort_keys(uint32_t (&key)[KEYS]) {
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-        int expert = i * 32 + lane;
-        keys[i] = expert < NUM_EXPERTS ? ordered(__ldcg(logits + expert)) : 0;  // 0 is below every number
-    }
-    float total = 0.f, largest = 0.f;
+    for (int turn = 0; turn < KEYS; turn++)
 #pragma unroll
-    for (int j = 0; j < TOP_K; j++) {
-        uint32_t best = 0;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) best = max(best, keys[i]);
-        best = __reduce_max_sync(ALL_LANES, best);
-        uint32_t id = NUM_EXPERTS;
-#pragma unroll
-        for (int i = PER_LANE - 1; i >= 0; i--)
-            if (keys[i] == best && i * 32 + lane < NUM_EXPERTS) id = i * 32 + lane;
-        id = __reduce_min_sync(ALL_LANES, id);
-        id = min(id, (uint32_t)NUM_EXPERTS - 1);  // NaN logits: any expert will do
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++)
-            if (i * 32 + lane == id) keys[i] = 0;
-        float logit = from_ordered(best);
-        if (j == 0) largest = logit;
-        ids[j] = id;
-        weights[j] = expf(logit - largest);
-        total += weights[j];
-    }
-#pragma unroll
-    for (int j = 0; j < TOP_K; j++) weights[j] /= total;
+        for (int i = 0; i < KEYS / 2; i++) {
+            constexpr int LAST = KEYS - 1;
+            int j = 2 * i + turn % 2;
+            if (j == LAST) continue;
+            uint32_t a = key[j], b = key[j + 1];
+            key[j] = max(a, b), key[j + 1] = min(a, b);
+        }
 }
 
-// Called by all threads of a block after it wrote a tile of logits; `tiles` such calls make up a launch.
-DEVICE void route_when_last(const RoutingArguments& a, int rows, int tiles) {
-    __shared__ bool is_last;
-    __shared__ int ids[MAX_ITEMS];
-    __shared__ int first[MAX_ITEMS];  // pair -> the earliest pair with the same expert
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(a.counter, 1) == tiles - 1;
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    int lane = threadIdx.x & 31, row = threadIdx.x >> 5;
-    if (row < rows) {
-        int picked[TOP_K];
-        float weights[TOP_K];
-        pick_experts(a.logits + row * NUM_EXPERTS, picked, weights);
+// One warp, slowly: the TOP_K largest keys, the lower id first among equals.
+DEVICE void pick_among_equals(uint32_t (&keys)[KEYS], int* ids, uint32_t (&best)[TOP_K]) {
+    int lane = threadIdx.x & 31;
 #pragma unroll
-        for (int j = 0; j < TOP_K; j++)
-            if (lane == j) ids[row * TOP_K + j] = picked[j], a.routing->weight[row][j] = weights[j];
+    for (int j = 0; j < TOP_K; j++) {
+        best[j] = 0;
+        for (int i = 0; i < KEYS; i++) best[j] = max(best[j], keys[i]);
+        best[j] = __reduce_max_sync(ALL_LANES, best[j]);
+        uint32_t id = NUM_EXPERTS;
+#pragma unroll
+        for (int i = KEYS - 1; i >= 0; i--)
+            if (keys[i] == best[j] && i * 32 + lane < NUM_EXPERTS) id = i * 32 + lane;
+        id = min(__reduce_min_sync(ALL_LANES, id), (uint32_t)NUM_EXPERTS - 1);
+#pragma unroll
+        for (int i = 0; i < KEYS; i++)
+            if (i * 32 + lane == id) keys[i] = 0;
+        if (lane == 0) ids[j] = id;
+    }
+}
+
+// One warp: the ids of the TOP_K largest logits of a row, largest first, the lower id first among equals; their softmax.
+DEVICE void pick_experts(const float* logits, int* ids, float* weights) {
+    int lane = threadIdx.x & 31;
+    uint32_t keys[KEYS], sorted[KEYS], best[TOP_K];
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) {
+        int expert = i * 32 + lane;
+        sorted[i] = keys[i] = expert < NUM_EXPERTS ? ordered(__ldcg(logits + expert)) : 0;  // 0 is below every number
+    }
+    sort_keys(sorted);
+    bool distinct = true;
+#pragma unroll
+    for (int j = 0; j < TOP_K; j++) {  // the largest of the lanes' largest, whose lane then offers its next
+        best[j] = __reduce_max_sync(ALL_LANES, sorted[0]);
+        if (sorted[0] == best[j]) {
+#pragma unroll
+            for (int i = 0; i < KEYS; i++) sorted[i] = i + 1 < KEYS ? sorted[i + 1] : 0;
+        }
+        if (j) distinct = distinct && best[j] < best[j - 1];
+    }
+    uint32_t count = 0;
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) count += keys[i] >= best[TOP_K - 1];
+    if (distinct && __reduce_add_sync(ALL_LANES, count) == TOP_K) {
+#pragma unroll
+        for (int i = 0; i < KEYS; i++) {
+            if (keys[i] < best[TOP_K - 1]) continue;
+            int place = 0;
+#pragma unroll
+            for (int j = 0; j < TOP_K; j++) place += best[j] > keys[i];
+            ids[place] = i * 32 + lane;
+        }
+    } else {  // equals were taken together
+        pick_among_equals(keys, ids, best);
+    }
+    if (!weights) return;
+    float weight[TOP_K], total = 0.f;
+#pragma unroll
+    for (int j = 0; j < TOP_K; j++) {
+        weight[j] = expf(from_ordered(best[j]) - from_ordered(best[0]));
+        total += weight[j];
+    }
+#pragma unroll
+    for (int j = 0; j < TOP_K; j++)
+        if (lane == j) weights[j] = weight[j] / total;
+}
+
+// Called by all threads of a block of at least ROUTED_ROWS warps.
+DEVICE void choose_experts(Chosen& chosen, const Routing& routing, int rows, bool weights) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (warp == 0)
+        for (int i = lane; i < MAX_ITEMS * ROUTED_ROWS / 4; i += 32) ((uint32_t*)chosen.slot)[i] = 0xffffffffu;
+    if (warp < rows) pick_experts(routing.logits[warp], chosen.ids + warp * TOP_K, weights ? chosen.weight[warp] : 0);
+    if (rows > 1) __syncthreads();
+    if (warp == 0) {
+        __syncwarp();
+        int pairs = rows * TOP_K, earliest[2];  // the earliest pair with the same expert as pair lane (+ 32)
+        uint32_t firsts[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int pair = h * 32 + lane;
+            earliest[h] = pair;
+            if (rows > 1 && pair < pairs)
+                for (int i = pair - 1; i >= 0; i--) earliest[h] = chosen.ids[i] == chosen.ids[pair] ? i : earliest[h];
+            __syncwarp();
+            firsts[h] = __ballot_sync(ALL_LANES, pair < pairs && earliest[h] == pair);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int pair = h * 32 + lane, e = earliest[h];
+            if (pair >= pairs) continue;
+            int place = __popc(firsts[0] & (e < 32 ? (1u << e) - 1 : ALL_LANES));
+            if (e > 32) place += __popc(firsts[1] & ((1u << (e - 32)) - 1));
+            if (e == pair) chosen.expert[place] = chosen.ids[pair];
+            chosen.slot[place][pair / TOP_K] = pair % TOP_K;
+        }
+        if (lane == 0) chosen.count = __popc(firsts[0]) + __popc(firsts[1]);
     }
     __syncthreads();
-    int pairs = rows * TOP_K, pair = threadIdx.x;
-    if (pair < pairs) {
-        int earliest = 0;
-        while (ids[earliest] != ids[pair]) earliest++;
-        first[pair] = earliest;
-    }
-    __syncthreads();
-    if (pair < pairs) {
-        int place = 0;  // of this pair's expert in the list
-        for (int i = 0; i < first[pair]; i++) place += first[i] == i;
-        a.routing->item[pair / TOP_K][pair % TOP_K] = place;
-        if (first[pair] == pair) {
-            a.routing->expert[place] = ids[pair];
-            for (int t = 0; t < rows; t++) {
-                int slot = -1;
-                for (int j = 0; j < TOP_K; j++)
-                    if (ids[t * TOP_K + j] == ids[pair]) slot = j;
-                a.routing->slot[place][t] = slot;
-            }
-        }
-        if (pair == pairs - 1) {
-            int count = 0;
-            for (int i = 0; i < pairs; i++) count += first[i] == i;
-            a.routing->count = count;
-            *a.counter = 0;
-        }
-    }
 }

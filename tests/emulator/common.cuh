@@ -52,6 +52,15 @@ inline uint32_t mul_half2(uint32_t a, uint32_t b) {  // a product of two halves 
                     half_to_float((uint16_t)(a >> 16)) * half_to_float((uint16_t)(b >> 16)));
 }
 
+inline uint32_t e4m3x2_to_half2(uint16_t bytes) {
+    float value[2];
+    for (int i = 0; i < 2; i++) {
+        uint32_t byte = bytes >> 8 * i & 0xffu;
+        value[i] = __uint_as_float((byte & 0x7fu) << 20 | (byte & 0x80u) << 24) * 1.329227995784916e36f;  // 2^120
+    }
+    return to_half2(value[0], value[1]);
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 
 // ---- tensor cores: the exact sum of products, rounded once with c (the GPU rounds a little differently) ---------
