@@ -2,7 +2,7 @@
 #
 #   make demo                                   engines of the demo checkpoint, and text from them
 #   make test                                   the tests
-#   make engines MODEL=<checkpoint directory> [TARGET=cpu] [OUT=<engine directory>]
+#   make engines MODEL=<checkpoint directory> [TARGET=cpu|cuda] [OUT=<engine directory>]
 
 PYTHON ?= python3
 BIN    := .venv/bin

@@ -56,8 +56,15 @@ class CudaEngine:
     def start(self, capacity: int, window: int) -> None:
         if window > MAX_ROWS:
             raise UserError(f"--mtp-k {window - 1}: the cuda target drafts at most {MAX_ROWS - 1} tokens a round")
-        self.model.start(-(-(capacity + SLACK) // SLACK) * SLACK, window)
-        self.prefilled = Prefill(self.model, min(PREFILL_CHUNK, capacity))
+        try:
+            self.model.start(-(-(capacity + SLACK) // SLACK) * SLACK, window)
+            self.prefilled = Prefill(self.model, min(PREFILL_CHUNK, capacity))
+        except torch.OutOfMemoryError:
+            free = torch.cuda.mem_get_info()[0] / 1e9
+            raise UserError(
+                f"the GPU's memory does not hold {capacity} positions beside the weights ({free:.1f} GB free); "
+                "shorten the prompt or --max-new-tokens, or use --fp8-cache"
+            ) from None
         self.window = window
 
     def _control(self, **words: int) -> None:

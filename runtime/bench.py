@@ -214,6 +214,8 @@ def bench_cuda(options: argparse.Namespace) -> None:
     Gpu.current()
     if not 0 <= options.simulate_acceptance <= 1:
         raise UserError(f"--simulate-acceptance {options.simulate_acceptance}: expected a number from 0 to 1")
+    if wrong := [context for context in options.contexts if context < 1]:
+        raise UserError(f"--contexts {wrong[0]}: expected at least 1")
     settings = Options(fp8_cache=options.fp8_cache, draft_vocab=options.draft_vocab)
     if options.synthetic:
         if options.config is None:

@@ -19,6 +19,7 @@ from engines.cuda_model import DRAFT_HEAD, CudaModel, Options
 from engines.cuda_weights import DeviceWeights
 from engines.manifest import VERSION, Manifest
 from export.config import FULL, ModelConfig
+from export.errors import UserError
 from plugins.kernels import Kernel
 from runtime.graph import GraphDecoder
 from runtime.sampling import Sampler, SamplingConfig
@@ -118,6 +119,8 @@ def fill(engine: CudaEngine) -> None:
 def decode_case(engine: CudaEngine, context: int, mtp_k: int, simulate: float, bandwidth: float) -> dict[str, Any]:
     sampler = Sampler(SamplingConfig())
     capacity = context + (ROUNDS + 3) * (mtp_k + 1)
+    if capacity > engine.manifest.capacity:
+        raise UserError(f"--contexts {context}: the model has {engine.manifest.capacity} positions, rounds included")
     decoder = GraphDecoder(engine, capacity, mtp_k, sampler, simulate=simulate if mtp_k else None)
     fill(engine)
     launched = Kernel.launched
