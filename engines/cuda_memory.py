@@ -13,21 +13,32 @@ from plugins.gated_delta_net import cuda as gdn
 from plugins.linear import cuda as linear
 from plugins.sampling import cuda as sampling_cuda
 
+DEVICE = "cuda"  # tests put whole models on the "cpu", where tests/emulator.py runs the kernels
+
+
+def stream() -> int:
+    """The stream that launches go to."""
+    return torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
+
+
+def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
 
 def floats(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float32, device="cuda")
+    return zeros(*shape, dtype=torch.float32)
 
 
 def halves(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float16, device="cuda")
+    return zeros(*shape, dtype=torch.float16)
 
 
 def integers(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device="cuda")
+    return zeros(count, dtype=torch.int32)
 
 
 def octets(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.uint8, device="cuda")
+    return zeros(count, dtype=torch.uint8)
 
 
 def gdn_sizes(c: ModelConfig) -> gdn.Sizes:
@@ -49,7 +60,7 @@ class State:
             if kind == FULL:
                 dtype = torch.uint8 if fp8_cache else torch.float16
                 shape = (2, c.num_key_value_heads, capacity, c.head_dim)
-                self.kv[name] = torch.zeros(shape, dtype=dtype, device="cuda")
+                self.kv[name] = zeros(*shape, dtype=dtype)
             else:
                 state = floats(c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
                 self.recurrent[name] = state, floats(gdn.RING, gdn_sizes(c).row_stride)

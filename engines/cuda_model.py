@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engines import cuda_memory
 from engines.cuda_memory import RoundBuffers, State, gdn_sizes, octets
 from engines.cuda_weights import DeviceWeights
 from export.config import FULL, ModelConfig
@@ -113,7 +114,7 @@ class CudaModel:
         sampling = self.module(sampling_cuda.SOURCE, sampling_cuda.defines(c.hidden_size))
         self.sampling = sampling_cuda.SamplingKernels(sampling, c.vocab_size)
         self.draft_sampling = sampling_cuda.SamplingKernels(sampling, self.draft_vocab)
-        self.frequencies = inverse_frequencies(c.rotary_dim, c.rope_theta).cuda()
+        self.frequencies = inverse_frequencies(c.rotary_dim, c.rope_theta).to(cuda_memory.DEVICE)
         # What is launched, by name, while a benchmark asks for it.
         self.recorded: list[tuple[str, Callable[[], None]]] | None = None
 
@@ -130,7 +131,7 @@ class CudaModel:
 
     def launch(self, name: str, function: Callable[..., None], *args: Any, **options: Any) -> None:
         def call() -> None:
-            function(*args, stream=torch.cuda.current_stream().cuda_stream, **options)
+            function(*args, stream=cuda_memory.stream(), **options)
 
         if self.recorded is not None:
             self.recorded.append((name, call))

@@ -36,8 +36,7 @@ class GraphDecoder:
         # The round's tokens, its drafts and the control block, in one pinned copy.
         b = self.model.buffers
         self.sources = (b.out_tokens, b.drafts, b.control)
-        self.host = [torch.zeros(t.shape, dtype=t.dtype, pin_memory=True) for t in self.sources]
-        self.stream, self.done = torch.cuda.Stream(), torch.cuda.Event()
+        self.host = [torch.zeros(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in self.sources]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.position = 0
 
@@ -73,25 +72,29 @@ class GraphDecoder:
         return self.last
 
     def capture(self) -> None:
-        """Record the round. Kernels run once before, on the side, since capture loads nothing."""
-        self.graph = torch.cuda.CUDAGraph()
+        """Record the round."""
+        self.graph, self.done = torch.cuda.CUDAGraph(), torch.cuda.Event()
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            self._enqueue()
+        with torch.cuda.graph(self.graph):
+            self.enqueue()
 
-    def _enqueue(self) -> None:
-        self.model.round(self.mtp_k, self.sampling, self.drafting, self.simulate)
-        for host, source in zip(self.host, self.sources, strict=True):
-            host.copy_(source, non_blocking=True)
-
-    def round(self, count: int) -> tuple[list[int], list[int]]:
-        """One round -> (drafts, the tokens they became). Always K drafts; `count` cuts what is given back."""
+    def run(self) -> None:
+        """One round, up to its results on the host."""
         if self.graph is None:
             self.capture()
         assert self.graph is not None
         self.graph.replay()
         self.done.record()
         self.done.synchronize()
+
+    def enqueue(self) -> None:
+        self.model.round(self.mtp_k, self.sampling, self.drafting, self.simulate)
+        for host, source in zip(self.host, self.sources, strict=True):
+            host.copy_(source, non_blocking=True)
+
+    def round(self, count: int) -> tuple[list[int], list[int]]:
+        """One round -> (drafts, the tokens they became). Always K drafts; `count` cuts what is given back."""
+        self.run()
         tokens, drafts, control = (t.tolist() for t in self.host)
         self._check(control[ERROR])
         emitted = tokens[: control[COUNT]]

@@ -1,6 +1,6 @@
 """The cuda target: refusals without a GPU, and with one: lossless, and the text of the cpu target.
 
-The emulator runs kernels, not whole models; tests of decoding need a GPU.
+Whole models run on the emulator too, but slowly: tests/test_cuda_model.py.
 """
 
 from __future__ import annotations

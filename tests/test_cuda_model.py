@@ -1,0 +1,168 @@
+"""The whole model of the cuda target without a GPU: its launches, run by the emulator, against the cpu target.
+
+Rounds run launch by launch here instead of as a CUDA graph; nothing else is different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines import cuda_memory
+from engines.build import build
+from engines.cuda import CudaEngine
+from engines.cuda_model import CudaModel, Gpu, Options
+from engines.cuda_weights import DeviceWeights
+from engines.manifest import WEIGHTS, Manifest
+from engines.onnxruntime import OnnxRuntimeEngine
+from export.checkpoint import load_weights
+from export.errors import UserError
+from runtime.graph import GraphDecoder
+from runtime.rounds import Decoder
+from runtime.sampling import Sampler, SamplingConfig
+from tests.checkpoints import random_state, tiny_config, write_checkpoint
+from tests.emulator import EmulatedModule
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "vocab_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+MOE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+DENSE = {"num_experts": 0, "intermediate_size": 128}
+# Decoding: 16 bits of mantissa in activations, bfloat16-exact weights. Prefill: 11 bits, keys and values in both.
+LOGITS_RTOL, PREFILL_RTOL = 2e-3, 1e-2
+
+
+class StepwiseDecoder(GraphDecoder):
+    def run(self) -> None:
+        self.enqueue()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cuda_memory, "DEVICE", "cpu")
+    monkeypatch.setattr(Gpu, "current", classmethod(lambda cls: Gpu("sm_90", 3, 227 << 10)))
+    monkeypatch.setattr(CudaModel, "module", lambda self, source, macros: EmulatedModule(source, macros))
+    yield
+
+
+Pair = tuple[OnnxRuntimeEngine, CudaEngine]
+
+
+def engines(root: Path, layout: Any, options: Options | None = None, **overrides: Any) -> Pair:
+    config = tiny_config(**{**SIZES, **(DENSE if overrides.pop("dense", False) else MOE), **overrides})
+    written = {"dtype": "BF16"} if layout == "float" else {}
+    write_checkpoint(root / "checkpoint", config, random_state(config, 0), layout, **written)
+    for target in ("cpu", "cuda"):
+        build(root / "checkpoint", root / target, target)
+    manifest = Manifest.read(root / "cuda")
+    weights = DeviceWeights(load_weights(root / "cuda" / WEIGHTS), manifest.formats)
+    model = CudaModel(manifest.config, weights, options or Options())
+    return OnnxRuntimeEngine(root / "cpu", threads=1), CudaEngine.of(model, manifest)
+
+
+def assert_close(out: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], rtol: float) -> None:
+    difference = np.abs(out - expected)
+    assert difference.max() <= rtol * np.abs(expected).max(), (difference.max(), difference.mean())
+
+
+@pytest.mark.parametrize(
+    ("layout", "overrides"),
+    [
+        ("modelopt_mixed", {}),
+        ("float", {}),
+        ("modelopt_mixed", {"dense": True}),
+        ("float", {"tie_word_embeddings": True}),
+    ],
+    ids=["mixed", "bfloat16", "dense", "tied"],
+)
+def test_calls_equal_those_of_the_cpu_target(on_cpu: None, tmp_path: Path, layout: Any, overrides: Any) -> None:
+    cpu, gpu = engines(tmp_path, layout, **overrides)
+    for engine in (cpu, gpu):
+        engine.start(128, 8)
+    tokens = torch.randint(0, 24, (40,)).numpy()
+    at = accepted = 0
+    for rows, then in ((3, 2), (1, 1), (8, 5), (2, 2), (5, 1)):
+        hidden, logits = cpu.verify(tokens[at : at + rows], at, accepted)
+        found_hidden, found = gpu.verify(tokens[at : at + rows], at, accepted)
+        assert_close(found_hidden, hidden, LOGITS_RTOL)
+        assert_close(found, logits, LOGITS_RTOL)
+        following = tokens[at + 1 : at + 1 + rows]
+        expected = cpu.draft(following, hidden, at, then)
+        for ours, theirs in zip(gpu.draft(following, hidden, at, then), expected, strict=True):
+            # the draft's head is an NVFP4 copy of a bfloat16 one
+            assert_close(ours, theirs, LOGITS_RTOL if ours.shape == hidden[:1].shape or layout != "float" else 0.3)
+        at, accepted = at + then, then
+    # A chat's next turn: prefill with rows pending, then a verify on top.
+    hidden, logits = cpu.prefill(tokens[at : at + 9], at, accepted)
+    found_hidden, found = gpu.prefill(tokens[at : at + 9], at, accepted)
+    assert_close(found_hidden, hidden, PREFILL_RTOL)
+    assert_close(found, logits, PREFILL_RTOL)
+    assert_close(gpu.verify(tokens[30:32], at + 9, 0)[1], cpu.verify(tokens[30:32], at + 9, 0)[1], PREFILL_RTOL)
+
+
+def decode(decoder: Any, prompt: list[int], count: int, mtp_k: int) -> tuple[list[int], int]:
+    """Tokens, and how many of them were drafted."""
+    tokens, accepted = [decoder.prefill(prompt)], 0
+    while len(tokens) < count:
+        emitted = decoder.round(mtp_k)[1]
+        tokens += emitted
+        accepted += len(emitted) - 1
+    return tokens[:count], accepted
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingConfig(), SamplingConfig(temperature=1.0, top_k=12, top_p=0.9, seed=7)],
+    ids=["greedy", "sampled"],
+)
+def test_rounds_are_lossless(on_cpu: None, tmp_path: Path, sampling: SamplingConfig) -> None:
+    _, gpu = engines(tmp_path, "modelopt_mixed", Options(draft_vocab=16))
+    prompt = torch.randint(0, 24, (11,)).tolist()
+    sampler = Sampler(sampling)
+    plain, _ = decode(StepwiseDecoder(gpu, 128, 0, sampler), prompt, 24, 0)
+    drafted = 0
+    for mtp_k in (1, 2, 4):
+        tokens, accepted = decode(StepwiseDecoder(gpu, 128, mtp_k, sampler), prompt, 24, mtp_k)
+        assert tokens == plain
+        drafted += accepted
+    eager, _ = decode(Decoder(gpu, 128, 2, sampler), prompt, 24, 2)
+    assert eager == plain
+    assert drafted, "no draft was accepted: the test shows nothing"
+
+
+def test_an_eight_bit_cache_is_lossless_too(on_cpu: None, tmp_path: Path) -> None:
+    _, gpu = engines(tmp_path, "modelopt_mixed", Options(fp8_cache=True))
+    prompt = torch.randint(0, 24, (7,)).tolist()
+    sampler = Sampler(SamplingConfig())
+    plain, _ = decode(StepwiseDecoder(gpu, 128, 0, sampler), prompt, 12, 0)
+    assert decode(StepwiseDecoder(gpu, 128, 3, sampler), prompt, 12, 3)[0] == plain
+
+
+def test_sizes_that_kernels_cannot_take_are_refused(on_cpu: None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"moe_intermediate_size: 48.*use cpu"):
+        engines(tmp_path, "modelopt_mixed", moe_intermediate_size=48)
+
+
+def test_too_many_drafts_are_refused(on_cpu: None, tmp_path: Path) -> None:
+    _, gpu = engines(tmp_path, "modelopt_mixed")
+    with pytest.raises(UserError, match=r"--mtp-k 8.*at most 7"):
+        gpu.start(64, 9)
