@@ -10,7 +10,6 @@ from torch import Tensor
 
 from export.config import FULL, ModelConfig
 from plugins.gated_delta_net import cuda as gdn
-from plugins.linear import cuda as linear
 from plugins.sampling import cuda as sampling_cuda
 
 DEVICE = "cuda"  # tests put whole models on the "cpu", where tests/emulator.py runs the kernels
@@ -90,7 +89,6 @@ class RoundBuffers:
         if c.is_moe:
             self.router_logits, self.shared_gate = floats(rows, c.num_experts), floats(rows, 1)
             self.act = floats(rows * c.num_experts_per_tok, c.moe_intermediate_size)
-            self.routing, self.counter = octets(linear.routing_bytes(c.num_experts_per_tok)), integers(1)
         self.shared_act = floats(rows, c.shared_expert_intermediate_size if c.is_moe else c.intermediate_size)
         # The head's: [embedding, hidden] of its rows, their residual stream, and those of the row that it drafts from.
         self.pair, self.head_x, self.draft_x = floats(rows, 2 * h), floats(rows, h), floats(1, h)

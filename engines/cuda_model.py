@@ -28,7 +28,7 @@ from plugins.gated_attention import inverse_frequencies
 from plugins.gated_delta_net import cuda as gdn
 from plugins.kernels import Module, cached_kernels
 from plugins.linear import cuda as linear
-from plugins.linear.cuda import ADD, FORMATS, MAX_ROWS, PACK, PACK_NVFP4, SWIGLU, Input, Segment
+from plugins.linear.cuda import ADD, FORMATS, MAX_ROWS, SWIGLU, Input, Segment
 from plugins.moe_experts import cuda as experts
 from plugins.sampling import cuda as sampling_cuda
 
@@ -80,6 +80,11 @@ def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
         inputs |= {"linear_num_value_heads * linear_value_head_dim": c.value_dim}
     for name, size in inputs.items():
         linear.check_k(size, "nvfp4" if "nvfp4" in formats.values() else "float", name)
+    if c.num_experts > experts.MAX_EXPERTS or c.num_experts_per_tok > experts.MAX_TOP_K:
+        raise UserError(
+            f"{c.num_experts_per_tok} of {c.num_experts} experts a token: the cuda target takes at most "
+            f"{experts.MAX_TOP_K} of {experts.MAX_EXPERTS}; use cpu"
+        )
     for name, size in (("head_dim", c.head_dim), ("linear_key_head_dim", c.linear_key_head_dim)):
         if size % 16 or size > 256:
             raise UserError(f"{name} {size}: the cuda target takes multiples of 16 up to 256; use cpu")
@@ -227,20 +232,18 @@ class CudaModel:
             return
         shared = f"{mlp}.shared_expert"
         down = self.segment(f"{shared}.down_proj", x.data_ptr(), x.shape[-1])
-        pack = PACK_NVFP4 if down.format == FORMATS["nvfp4"] else PACK
         segments = [
             self.store(f"{mlp}.gate", b.router_logits),
-            self.store(f"{shared}.gate_proj", b.shared_act, up=f"{shared}.up_proj", epilogue=SWIGLU, pack=pack),
+            self.store(f"{shared}.gate_proj", b.shared_act, up=f"{shared}.up_proj", epilogue=SWIGLU),
             self.store(f"{mlp}.shared_expert_gate", b.shared_gate),
         ]
-        routing = linear.Routing(b.router_logits.data_ptr(), b.routing.data_ptr(), b.counter.data_ptr())
-        self.launch("router, shared up", self.linear.linear, given, segments, routing=routing)
+        self.launch("router, shared up", self.linear.linear, given, segments)
         format = FORMATS[self.weights.format_of(f"{mlp}.experts")]
         up, out = (self.expert_weights(f"{mlp}.experts.{part}_proj", format) for part in ("gate_up", "down"))
         act, inner = b.act.data_ptr(), c.moe_intermediate_size
-        table = b.routing.data_ptr()
-        self.launch("experts up", self.experts.up, experts.UpArguments(given, table, *up, act, format, inner))
-        arguments = experts.DownArguments(table, *out, act, down, b.shared_act.data_ptr(), b.shared_gate.data_ptr())
+        logits = b.router_logits.data_ptr()
+        self.launch("experts up", self.experts.up, experts.UpArguments(given, logits, *up, act, format, inner))
+        arguments = experts.DownArguments(logits, *out, act, down, b.shared_act.data_ptr(), b.shared_gate.data_ptr())
         arguments.x, arguments.format, arguments.inner, arguments.rows = x.data_ptr(), format, inner, rows
         arguments.shared_inner, arguments.hidden = c.shared_expert_intermediate_size, c.hidden_size
         self.launch("experts down", self.experts.down, arguments)

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from runtime.sampling import SamplingConfig
 from plugins.sampling.cuda import CONTROL_WORDS, ERROR, SOURCE, SamplingKernels, defines, seed_words
+from runtime.sampling import SamplingConfig
 from tests.backends import GPU
 
 VOCAB, HIDDEN = 248320, 2048

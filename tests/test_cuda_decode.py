@@ -5,7 +5,6 @@ Tolerance 2e-5 of the largest output: activations enter as two bfloat16 of 16 bi
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import pytest
@@ -162,26 +161,22 @@ class Mixture:
         logits, gate = b.empty((rows, self.experts), torch.float32), b.empty((rows, 1), torch.float32)
         act = b.empty((rows * self.top_k, self.inner), torch.float32)
         shared_act = b.empty((rows, self.shared_inner), torch.float32)
-        routing = b.empty((linear.routing_bytes(self.top_k),), torch.uint8)
-        counter = b.tensor(torch.zeros(1, dtype=torch.int32))
         given = Input(x=out.data_ptr(), norm_weight=norm_weight.data_ptr(), epsilon=1e-6, x_stride=h, k=h, rows=rows)
-        pack = 2 if self.down_proj.format == 2 else 1
         segments = [
             segment(self.router, logits),
-            segment(self.gate_proj, shared_act, up=self.up_proj, epilogue=SWIGLU, pack=pack),
+            segment(self.gate_proj, shared_act, up=self.up_proj, epilogue=SWIGLU),
             segment(self.gate, gate, epilogue=STORE),
         ]
-        chosen = linear.Routing(logits.data_ptr(), routing.data_ptr(), counter.data_ptr())
-        kernels(b, self.experts, self.top_k).linear(given, segments, b.stream, routing=chosen)
+        kernels(b, self.experts, self.top_k).linear(given, segments, b.stream)
         module = b.module(experts.SOURCE, {"NUM_EXPERTS": self.experts, "TOP_K": self.top_k})
         launcher = ExpertsDecode(module, MULTIPROCESSORS, self.experts, self.top_k)
         pointers = [t.data_ptr() for t in self.gate_up] + [None] * (3 - len(self.gate_up))
         launcher.up(
-            UpArguments(given, routing.data_ptr(), *pointers, act.data_ptr(), self.down.format, self.inner), b.stream
+            UpArguments(given, logits.data_ptr(), *pointers, act.data_ptr(), self.down.format, self.inner), b.stream
         )
         launcher.down(
             DownArguments(
-                routing.data_ptr(),
+                logits.data_ptr(),
                 *self.down.pointers,
                 act.data_ptr(),
                 segment(self.down_proj, out),
@@ -197,7 +192,6 @@ class Mixture:
             b.stream,
         )
         b.sync()
-        assert int(counter.cpu()) == 0
         return out.cpu(), logits.cpu()
 
     def expected(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -249,7 +243,3 @@ def test_bits_of_a_row_do_not_depend_on_the_rows_beside_it(backend: Backend, for
     for t in range(8):
         assert torch.equal(run(t, 1)[0], every[t])
     assert torch.equal(run(2, 3), every[2:5])
-
-
-def test_structures_have_the_sizes_of_the_kernels() -> None:
-    assert [ctypes.sizeof(s) for s in (Segment, Input, linear.LinearArguments)] == [88, 64, 360 + 64 + 24 + 24]

@@ -69,7 +69,7 @@ Pair = tuple[OnnxRuntimeEngine, CudaEngine]
 
 def engines(root: Path, layout: Any, options: Options | None = None, **overrides: Any) -> Pair:
     config = tiny_config(**{**SIZES, **(DENSE if overrides.pop("dense", False) else MOE), **overrides})
-    written = {"dtype": "BF16"} if layout == "float" else {}
+    written: dict[str, Any] = {"dtype": "BF16"} if layout == "float" else {}
     write_checkpoint(root / "checkpoint", config, random_state(config, 0), layout, **written)
     for target in ("cpu", "cuda"):
         build(root / "checkpoint", root / target, target)

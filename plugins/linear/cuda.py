@@ -18,7 +18,6 @@ SOURCE = Path(__file__).parent / "decode.cu"
 FORMATS = {"float": 0, "fp8": 1, "nvfp4": 2}  # enum Format; "float" is bfloat16 on a GPU
 BYTES = {0: 2.0, 1: 1.0, 2: 0.5}  # per weight
 STORE, ADD, SWIGLU = range(3)  # enum Epilogue
-PACK, PACK_NVFP4 = 1, 2  # Segment.pack: nothing by now
 MAX_SEGMENTS, MAX_ROWS, TILE = 4, 8, 16
 SET_ROWS = 4  # rows that a tensor core multiplies at a time; kernels of more are their own
 WARPS = 8  # of a block (stage.cuh)
@@ -47,8 +46,6 @@ class Segment(Structure):
         ("epilogue", c_int),
         ("ring_mask", c_int),
         ("precise", c_int),
-        ("pack", c_int),
-        ("padding", c_int),
     ]
 
     @property
@@ -98,10 +95,6 @@ class Input(Structure):
         return blocks, others + WARPS * int(self.depth) * SLOT
 
 
-class Routing(Structure):
-    _fields_ = [("logits", c_void_p), ("routing", c_void_p), ("counter", c_void_p)]
-
-
 class LinearArguments(Structure):
     _fields_ = [
         ("segments", Segments),
@@ -109,18 +102,12 @@ class LinearArguments(Structure):
         ("residual", c_void_p),
         ("residual_row", c_void_p),
         ("normed", c_void_p),
-        ("routing", Routing),
     ]
 
 
 def row_bytes(k: int) -> int:
     """Shared memory of one staged row of k values: 16 bits of high and low parts (tile.cuh)."""
     return 2 * (2 * k + 16)
-
-
-def routing_bytes(top_k: int) -> int:
-    """Size of `struct Routing` (plugins/moe_routing/routing.cuh) at most."""
-    return 4 * MAX_ROWS * MAX_EXPERTS
 
 
 def check_k(k: int, format: str, name: str) -> None:
@@ -144,12 +131,11 @@ class LinearDecode:
         residual: int | None = None,
         residual_row: int | None = None,
         normed: int | None = None,
-        routing: Routing | None = None,
     ) -> None:
         """Multiplies the rows with every segment. residual: what ADD adds to, read from row *residual_row on.
-        normed: where the normed rows go, float32 [T, K]. routing: segment 0 is the router: keep its logits where the experts' kernels look."""
+        normed: where the normed rows go, float32 [T, K]."""
         assert 1 <= given.rows <= MAX_ROWS
-        arguments = LinearArguments(Segments.of(segments), given, residual, residual_row, normed, routing or Routing())
+        arguments = LinearArguments(Segments.of(segments), given, residual, residual_row, normed)
         blocks, shared = arguments.input.plan(sum(s.tiles for s in segments), self.multiprocessors)
         kernel = self.module.kernel("linear_4" if given.rows <= SET_ROWS else "linear_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)

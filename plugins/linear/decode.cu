@@ -5,7 +5,6 @@
 // the next tile are on their way while this one is multiplied, those of the first before the previous kernel has
 // ended.
 #include "linear/stage.cuh"
-#include "moe_routing/routing.cuh"
 
 struct LinearArguments {
     Segments segments;
@@ -13,7 +12,6 @@ struct LinearArguments {
     const float* residual;    // ADD: out = residual + product, row (t + *residual_row)
     const int* residual_row;  // null: 0
     float* normed;            // null, or the staged input in float32, [T, K]: the norm's output
-    RoutingArguments routing; // routing.routing: null, or where segment 0, the router's logits, is to be kept too
 };
 
 DEVICE int tile_rows(const Segment& s) { return s.epilogue == SWIGLU ? 8 : 16; }
@@ -23,7 +21,6 @@ DEVICE int tiles_of(const Segment& s) { return (s.n + tile_rows(s) - 1) >> (s.ep
 struct Prepared {
     float* out;
     int n, epilogue, out_stride, ring_mask;  // of the segment; n: 0 without a tile
-    bool is_router;
     int first;  // row of the weight
     float factor, factor_up;
     int position;
@@ -71,7 +68,7 @@ struct LinearWork {
         if (i == a.segments.count) return p;
         const Segment& s = a.segments.segment[i];
         p.out = (float*)s.out, p.n = s.n, p.epilogue = s.epilogue, p.out_stride = s.out_stride, p.ring_mask = s.ring_mask;
-        p.is_router = a.routing.routing && i == 0, p.first = index * tile_rows(s);
+        p.first = index * tile_rows(s);
         p.factor = factor_of(s.format, s.scale_2);
         if (s.epilogue == SWIGLU) p.factor_up = factor_of(s.format, s.scale_2_up);
         return p;
@@ -89,7 +86,6 @@ struct LinearWork {
     DEVICE void store(const Prepared& p, int row, int n, float y) const {
         int slot = p.ring_mask ? (p.position + row) & p.ring_mask : row;
         p.out[(int64_t)slot * p.out_stride + n] = y;
-        if (p.is_router) a.routing.routing->logits[row][n] = y;
     }
     DEVICE void finish(const Prepared& p, const Staged& staged, const Partial& partial, int place) const {
         int lane = threadIdx.x & 31, rows = a.input.rows;

@@ -20,8 +20,6 @@ struct Segment {
     int epilogue;
     int ring_mask;            // row t goes to row (position + t) & ring_mask where this is not zero
     int precise;              // prefill: also multiply what float16 rounds off the rows
-    int pack;                 // unused
-    int padding;
 };
 constexpr int MAX_SEGMENTS = 4;
 struct Segments {

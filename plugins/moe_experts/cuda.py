@@ -10,12 +10,13 @@ from plugins.linear.cuda import BUDGET, MAX_EXPERTS, SET_ROWS, SLOT, TILE, WARPS
 
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS = 12
+MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 
 
 class UpArguments(Structure):
     _fields_ = [
         ("input", Input),
-        ("routing", c_void_p),
+        ("router_logits", c_void_p),
         ("weight", c_void_p),
         ("scale", c_void_p),
         ("scale_2", c_void_p),
@@ -27,7 +28,7 @@ class UpArguments(Structure):
 
 class DownArguments(Structure):
     _fields_ = [
-        ("routing", c_void_p),
+        ("router_logits", c_void_p),
         ("weight", c_void_p),
         ("scale", c_void_p),
         ("scale_2", c_void_p),

@@ -8,7 +8,7 @@
 
 struct UpArguments {
     Input input;
-    const Routing* routing;
+    const float* router_logits;  // [T, NUM_EXPERTS]
     const uint8_t* weight;  // [E, 2 I, H]: gate rows, then up rows
     const uint8_t* scale;   // NVFP4: E4M3 [E, 2 I, H / 16]
     const float* scale_2;   // NVFP4: [E, 2]
@@ -29,7 +29,7 @@ struct UpWork {
     Tile tile;
     int item, from;  // of `tile`; the item's first tile
 
-    DEVICE void choose() { choose_experts(chosen, *a.routing, a.input.rows, false); }
+    DEVICE void choose() { choose_experts(chosen, a.router_logits, a.input.rows, false); }
     DEVICE int tiles_of_item() const { return (a.inner + 7) >> 3; }
     DEVICE int tiles() const { return chosen.count * tiles_of_item(); }
     DEVICE int format_at(int, int& until) const {
@@ -85,7 +85,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_8(const __grid_constant__ UpArguments a) { up_rows<2>(a); }
 
 struct DownArguments {
-    const Routing* routing;
+    const float* router_logits;  // [T, NUM_EXPERTS]
     const uint8_t* weight;         // [E, H, I]
     const uint8_t* scale;          // NVFP4: [E, H, I / 16]
     const float* scale_2;          // NVFP4: [E]
@@ -143,7 +143,7 @@ DEVICE void down_rows(const DownArguments& a) {
         return slot < 0 ? -1 : item ? row * TOP_K + slot : pairs + row;
     };
 
-    choose_experts(chosen, *a.routing, a.rows, true);  // two kernels old, see common.cuh
+    choose_experts(chosen, a.router_logits, a.rows, true);  // two kernels old, see common.cuh
     int items = 1 + chosen.count;
     auto find = [&](int item) {
         if (!item) {

@@ -12,17 +12,6 @@
 constexpr int ROUTED_ROWS = 8;
 constexpr int MAX_ITEMS = ROUTED_ROWS * TOP_K;
 
-// What the experts' kernels read: the logits once more, at a place of their own.
-struct Routing {
-    float logits[ROUTED_ROWS][NUM_EXPERTS];
-};
-
-struct RoutingArguments {
-    const float* logits;  // [T, NUM_EXPERTS]
-    Routing* routing;
-    int* counter;         // unused
-};
-
 // A block's copy of what its rows chose, in shared memory.
 struct Chosen {
     int count;                             // of distinct experts
@@ -126,12 +115,14 @@ DEVICE void pick_experts(const float* logits, int* ids, float* weights) {
         if (lane == j) weights[j] = weight[j] / total;
 }
 
-// Called by all threads of a block of at least ROUTED_ROWS warps.
-DEVICE void choose_experts(Chosen& chosen, const Routing& routing, int rows, bool weights) {
+// Called by all threads of a block of at least ROUTED_ROWS warps. logits: the router's, [T, NUM_EXPERTS].
+DEVICE void choose_experts(Chosen& chosen, const float* logits, int rows, bool weights) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     if (warp == 0)
         for (int i = lane; i < MAX_ITEMS * ROUTED_ROWS / 4; i += 32) ((uint32_t*)chosen.slot)[i] = 0xffffffffu;
-    if (warp < rows) pick_experts(routing.logits[warp], chosen.ids + warp * TOP_K, weights ? chosen.weight[warp] : 0);
+    if (warp < rows) {
+        pick_experts(logits + warp * NUM_EXPERTS, chosen.ids + warp * TOP_K, weights ? chosen.weight[warp] : 0);
+    }
     if (rows > 1) __syncthreads();
     if (warp == 0) {
         __syncwarp();
