@@ -77,9 +77,12 @@ class RoundBuffers:
     def __init__(self, config: ModelConfig, rows: int, draft_vocab: int, head_parts: int) -> None:
         c, h = config, config.hidden_size
         self.rows = rows
-        self.control, self.seed = integers(sampling_cuda.CONTROL_WORDS), integers(2)
+        # What the host reads after a round lies together: the control block, the round's tokens, its drafts.
+        self.results = integers(sampling_cuda.CONTROL_WORDS + 2 * rows)
+        self.control, self.out_tokens, self.drafts = self.results.split([sampling_cuda.CONTROL_WORDS, rows, rows])
+        self.seed = integers(2)
         self.verify_tokens, self.head_tokens = integers(rows), integers(rows)
-        self.drafts, self.sampled, self.out_tokens = integers(rows), integers(rows), integers(rows)
+        self.sampled = integers(rows)
         self.x, self.hidden, self.logits = floats(rows, h), floats(rows, h), floats(rows, c.vocab_size)
         self.mixed = floats(rows, c.value_dim)
         self.squares = floats(rows * c.linear_num_value_heads * head_parts)

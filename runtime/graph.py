@@ -12,7 +12,7 @@ import torch
 
 from engines.cuda import PREFILL_CHUNK, CudaEngine
 from export.errors import UserError
-from plugins.sampling.cuda import COUNT, ERROR, seed_words
+from plugins.sampling.cuda import CONTROL_WORDS, COUNT, ERROR, seed_words
 from runtime.sampling import Sampler
 
 
@@ -33,10 +33,8 @@ class GraphDecoder:
         engine.start(capacity, window=mtp_k + 1)
         self.model = engine.model
         self.model.buffers.seed.copy_(torch.tensor(seed_words(self.sampling.seed), dtype=torch.int32))
-        # The round's tokens, its drafts and the control block, in one pinned copy.
-        b = self.model.buffers
-        self.sources = (b.out_tokens, b.drafts, b.control)
-        self.host = [torch.zeros(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in self.sources]
+        results = self.model.buffers.results
+        self.host = torch.zeros(results.shape, dtype=results.dtype, pin_memory=results.is_cuda)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.position = 0
 
@@ -89,13 +87,13 @@ class GraphDecoder:
 
     def enqueue(self) -> None:
         self.model.round(self.mtp_k, self.sampling, self.drafting, self.simulate)
-        for host, source in zip(self.host, self.sources, strict=True):
-            host.copy_(source, non_blocking=True)
+        self.host.copy_(self.model.buffers.results, non_blocking=True)
 
     def round(self, count: int) -> tuple[list[int], list[int]]:
         """One round -> (drafts, the tokens they became). Always K drafts; `count` cuts what is given back."""
         self.run()
-        tokens, drafts, control = (t.tolist() for t in self.host)
+        rows = self.mtp_k + 1
+        control, tokens, drafts = (part.tolist() for part in self.host.split([CONTROL_WORDS, rows, rows]))
         self._check(control[ERROR])
         emitted = tokens[: control[COUNT]]
         self.position += len(emitted)

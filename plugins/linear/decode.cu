@@ -31,8 +31,8 @@ struct LinearWork {
     static constexpr bool EARLY = true;
     const LinearArguments& a;
     Tile tile;
-    int segment, until, complete;  // of `tile`: tiles before `until` are its segment's, those before `complete` have all rows
-    int64_t step, scale_step;      // from a tile of the block to its next
+    int complete;              // tiles before this are of `tile`'s segment and have all their rows
+    int64_t step, scale_step;  // from a tile of the block to its next
 
     DEVICE void choose() {}
     DEVICE int tiles() const {
