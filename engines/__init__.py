@@ -1,4 +1,4 @@
-"""ONNX -> engine, and engine -> callable. One class per backend, all with the interface of `Engine`."""
+"""Checkpoint -> engine directory, and engine directory -> callable. One class per backend, all with the interface of `Engine`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class Engine(Protocol):
     own rows. What a call returns stays valid until the next call of the same graph."""
 
     manifest: Manifest
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that one verify can take: one more than drafts."""
 
     def load(self, *graphs: str) -> None:
         """Make these graphs ready now rather than at their first call."""

@@ -20,7 +20,6 @@ from engines.cuda_weights import DeviceWeights
 from engines.manifest import WEIGHTS, Manifest
 from export.cli import progress
 from export.errors import UserError
-from plugins.linear.cuda import MAX_ROWS
 from plugins.sampling import cuda as sampling_cuda
 
 PREFILL_CHUNK = 2048
@@ -38,10 +37,14 @@ class CudaEngine:
         if directory:
             if self.manifest.target != "cuda":
                 raise UserError(f"{directory}: engines for {self.manifest.target}, this runs the cuda target only")
-            with progress("loading the weights") as update:
-                weights = DeviceWeights.load(directory / WEIGHTS, self.manifest.formats, update)
-            self.model = CudaModel(self.manifest.config, weights, options or Options())
-        self.window = 0
+            try:
+                with progress("loading the weights") as update:
+                    weights = DeviceWeights.load(directory / WEIGHTS, self.manifest.formats, update)
+                self.model = CudaModel(self.manifest.config, weights, options or Options())
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{directory}: the GPU's memory does not hold the weights; close what uses it"
+                ) from None
 
     @classmethod
     def of(cls, model: CudaModel, manifest: Manifest) -> CudaEngine:
@@ -50,12 +53,17 @@ class CudaEngine:
         engine.model = model
         return engine
 
+    @property
+    def max_rows(self) -> int:
+        return self.model.max_rows
+
     def load(self, *graphs: str) -> None:
         """Everything is ready once the engine is."""
 
     def start(self, capacity: int, window: int) -> None:
-        if window > MAX_ROWS:
-            raise UserError(f"--mtp-k {window - 1}: the cuda target drafts at most {MAX_ROWS - 1} tokens a round")
+        if window > self.max_rows:
+            raise UserError(f"--mtp-k {window - 1}: this model on this GPU takes 0 to {self.max_rows - 1}")
+        self.__dict__.pop("prefilled", None)  # its memory, before the next takes as much
         try:
             self.model.start(-(-(capacity + SLACK) // SLACK) * SLACK, window)
             self.prefilled = Prefill(self.model, min(PREFILL_CHUNK, capacity))
@@ -65,7 +73,6 @@ class CudaEngine:
                 f"the GPU's memory does not hold {capacity} positions beside the weights ({free:.1f} GB free); "
                 "shorten the prompt or --max-new-tokens, or use --fp8-cache"
             ) from None
-        self.window = window
 
     def _control(self, **words: int) -> None:
         for word, value in words.items():

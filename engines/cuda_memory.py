@@ -64,12 +64,6 @@ class State:
                 state = floats(c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
                 self.recurrent[name] = state, floats(gdn.RING, gdn_sizes(c).row_stride)
 
-    def clear(self) -> None:
-        """Only what a new sequence could see: KV slots are written before anybody reads them."""
-        for tensors in self.recurrent.values():
-            for tensor in tensors:
-                tensor.zero_()
-
 
 class RoundBuffers:
     """Of verify and draft calls of up to `rows` rows. H: hidden size, V: vocabulary."""

@@ -36,17 +36,21 @@ if TYPE_CHECKING:
     from runtime.sampling import SamplingConfig
 
 LEAST_CAPABILITY = (8, 0)
+STATIC_SHARED = 8 << 10  # bytes of a block's shared memory that kernels declare themselves, at most
 DRAFT_HEAD = "mtp.draft_head"  # the quantized copy of a bfloat16 lm_head
 
 
 @dataclass(frozen=True)
 class Options:
     """fp8_cache: keys and values in E4M3. draft_vocab: drafts come from the first so many entries of the vocabulary
-    only, which tokenizers number by frequency; 0: from all. Neither drafts' option changes the output."""
+    only, which tokenizers number by frequency; 0: from all. It does not change the output."""
 
     fp8_cache: bool = False
     draft_vocab: int = 0
-    quantize_draft_head: bool = True
+
+    def __post_init__(self) -> None:
+        if self.draft_vocab < 0:
+            raise UserError(f"--draft-vocab {self.draft_vocab}: expected 0 (all) or more")
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,20 @@ def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
             f"{c.num_experts_per_tok} of {c.num_experts} experts a token: the cuda target takes at most "
             f"{experts.MAX_TOP_K} of {experts.MAX_EXPERTS}; use cpu"
         )
-    for name, size in (("head_dim", c.head_dim), ("linear_key_head_dim", c.linear_key_head_dim)):
-        if size % 16 or size > 256:
-            raise UserError(f"{name} {size}: the cuda target takes multiples of 16 up to 256; use cpu")
+    for name, size, largest in (
+        ("head_dim", c.head_dim, 256),
+        ("linear_key_head_dim", c.linear_key_head_dim, 128),
+        ("linear_value_head_dim", c.linear_value_head_dim, 128),
+    ):
+        if size % 16 or size > largest:
+            raise UserError(f"{name} {size}: the cuda target takes multiples of 16 up to {largest}; use cpu")
+    for name, valid in (
+        ("num_attention_heads / num_key_value_heads", c.num_attention_heads <= 16 * c.num_key_value_heads),
+        ("num_key_value_heads", c.num_key_value_heads <= 32),
+        ("linear_conv_kernel_dim", c.linear_conv_kernel_dim == 4),
+    ):
+        if not valid:
+            raise UserError(f"{name}: not a size that the cuda target has kernels for; use cpu")
 
 
 class CudaModel:
@@ -98,15 +113,18 @@ class CudaModel:
         self.draft_vocab = min(options.draft_vocab or c.vocab_size, c.vocab_size)
         self.head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
         self.draft_head = self.head
-        if c.mtp_num_hidden_layers and options.quantize_draft_head and weights.format_of(self.head) == "float":
+        if c.mtp_num_hidden_layers and weights.format_of(self.head) == "float" and c.hidden_size % 64 == 0:
             if f"{DRAFT_HEAD}.weight" not in weights.tensors:
                 weights.add_quantized(DRAFT_HEAD, self.head)
             self.draft_head = DRAFT_HEAD
         macros: dict[str, int | str] = {"NUM_EXPERTS": max(c.num_experts, 1), "TOP_K": max(c.num_experts_per_tok, 1)}
-        self.linear = linear.LinearDecode(self.module(linear.SOURCE, macros), count)
+        self.shared_limit = self.gpu.shared_bytes - STATIC_SHARED
+        self.linear = linear.LinearDecode(self.module(linear.SOURCE, {}), count, self.shared_limit)
         if c.is_moe:
             compiled = self.module(experts.SOURCE, macros)
-            self.experts = experts.ExpertsDecode(compiled, count, c.num_experts, c.num_experts_per_tok)
+            self.experts = experts.ExpertsDecode(
+                compiled, count, self.shared_limit, c.num_experts, c.num_experts_per_tok
+            )
         sizes = gdn_sizes(c)
         self.gdn = gdn.GatedDeltaNet(self.module(gdn.SOURCE, sizes.macros()), sizes)
         self.attention_sizes = attention.Sizes(
@@ -126,9 +144,26 @@ class CudaModel:
     def module(self, source: Path, macros: dict[str, int | str]) -> Module:
         return Module(cached_kernels(source, self.gpu.arch, macros))
 
+    @property
+    def max_rows(self) -> int:
+        """Rows of one call that the kernels' shared memory holds on this GPU."""
+        c = self.config
+        widths = [c.hidden_size, c.num_attention_heads * c.head_dim, c.value_dim]
+        widths += [2 * c.hidden_size] * c.mtp_num_hidden_layers + [c.intermediate_size] * (not c.is_moe)
+
+        def fits(rows: int) -> bool:
+            needed = [linear.shared_bytes(rows, width) for width in widths]
+            if c.is_moe:
+                staged = self.experts.staged_bytes(rows, c.moe_intermediate_size, c.shared_expert_intermediate_size)
+                needed.append(staged + experts.PASS_BYTES)
+            return max(needed) <= self.shared_limit
+
+        return max((rows for rows in range(1, MAX_ROWS + 1) if fits(rows)), default=0)
+
     def start(self, capacity: int, rows: int) -> None:
-        """Fresh state for `capacity` positions, and buffers for calls of up to `rows` rows."""
-        assert rows <= MAX_ROWS
+        """Fresh state for `capacity` positions, and buffers for calls of up to `rows` rows, at most `max_rows`."""
+        assert rows <= self.max_rows
+        self.__dict__.pop("state", None)  # its memory, before the next takes as much
         self.state = State(self.config, capacity, self.options.fp8_cache)
         self.buffers = RoundBuffers(self.config, rows, self.draft_vocab, self.gdn.head_parts)
         self.attention_scratch = octets(self.attention.scratch_bytes(capacity))

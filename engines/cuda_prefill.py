@@ -26,7 +26,7 @@ class Prefill:
     def __init__(self, model: CudaModel, rows: int) -> None:
         self.model, c = model, model.config
         macros: dict[str, int | str] = {"NUM_EXPERTS": max(c.num_experts, 1), "TOP_K": max(c.num_experts_per_tok, 1)}
-        self.linear = linear.PrefillLinear(model.module(linear.SOURCE, macros), model.gpu.multiprocessors)
+        self.linear = linear.PrefillLinear(model.module(linear.SOURCE, {}), model.gpu.multiprocessors)
         sizes = model.attention_sizes
         self.attention = attention.Prefill(model.module(attention.PREFILL_SOURCE, sizes.defines), sizes)
         scratch = model.gdn.scratch_bytes(rows)

@@ -36,6 +36,8 @@ class OnnxRuntimeEngine:
         self.sessions: dict[str, Any] = {}
         self.capacity = self.window = 0
 
+    max_rows = 17
+
     def load(self, *graphs: str) -> None:
         """Create the sessions of these graphs now rather than at their first call."""
         for name in graphs:

@@ -27,6 +27,8 @@ class TorchEngine:
         graphs = GRAPHS if self.manifest.has_mtp else GRAPHS[:2]
         self.graphs = {name: Graph(name, config, header, self.manifest.formats).load(weights) for name in graphs}
 
+    max_rows = 17
+
     def load(self, *graphs: str) -> None:
         """Everything is ready once the engine is."""
 

@@ -36,14 +36,17 @@ def _check(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def compile_kernels(source: Path, arch: str, defines: Mapping[str, int | str]) -> bytes:
-    """The cubin of one source for an architecture such as "sm_90". Raises CompileError, UserError without NVRTC."""
+def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
     except ImportError:
-        raise UserError(
-            "the cuda target needs the packages cuda-bindings and nvidia-cuda-nvrtc: `make setup`"
-        ) from None
+        raise UserError("the cuda target needs cuda-bindings and nvidia-cuda-nvrtc; run `make setup`") from None
+    return nvrtc
+
+
+def compile_kernels(source: Path, arch: str, defines: Mapping[str, int | str]) -> bytes:
+    """The cubin of one source for an architecture such as "sm_90". Raises CompileError, UserError without NVRTC."""
+    nvrtc = _nvrtc()
     flags = [f"-arch={arch}", "-std=c++17", "-default-device", f"-I{ROOT}", "-lineinfo"]
     options = [option.encode() for option in flags + [f"-D{name}={value}" for name, value in defines.items()]]
     program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), str(source).encode(), 0, [], []))
@@ -62,8 +65,7 @@ def compile_kernels(source: Path, arch: str, defines: Mapping[str, int | str]) -
 
 def cached_kernels(source: Path, arch: str, defines: Mapping[str, int | str]) -> bytes:
     """`compile_kernels`, kept under $XDG_CACHE_HOME/tandem by the hash of everything that goes in."""
-    from cuda.bindings import nvrtc
-
+    nvrtc = _nvrtc()
     texts = [path.read_text() for path in (*sorted(ROOT.rglob("*.cuh")), source)]
     key = repr((texts, arch, sorted(defines.items()), _check(nvrtc.nvrtcVersion())))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
@@ -73,9 +75,9 @@ def cached_kernels(source: Path, arch: str, defines: Mapping[str, int | str]) ->
     cubin = compile_kernels(source, arch, defines)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=folder) as directory:
+            (Path(directory) / path.name).write_bytes(cubin)
+            os.replace(Path(directory) / path.name, path)
     except OSError:
         pass  # a cache that cannot be written costs seconds at the next start, nothing else
     return cubin

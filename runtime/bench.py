@@ -214,7 +214,7 @@ def bench_cuda(options: argparse.Namespace) -> None:
     Gpu.current()
     if not 0 <= options.simulate_acceptance <= 1:
         raise UserError(f"--simulate-acceptance {options.simulate_acceptance}: expected a number from 0 to 1")
-    if wrong := [context for context in options.contexts if context < 1]:
+    if wrong := [context for context in options.contexts or () if context < 1]:
         raise UserError(f"--contexts {wrong[0]}: expected at least 1")
     settings = Options(fp8_cache=options.fp8_cache, draft_vocab=options.draft_vocab)
     if options.synthetic:
@@ -242,7 +242,7 @@ def main() -> None:
     gpu.add_argument("--synthetic", action="store_true", help="random weights of --config's shapes, made on the GPU")
     gpu.add_argument("--config", type=Path, metavar="FILE", help="config.json of a checkpoint, for --synthetic")
     gpu.add_argument("--simulate-acceptance", type=float, default=0.7, metavar="P", help="of each draft (default 0.7)")
-    gpu.add_argument("--contexts", type=int, nargs="+", default=[128, 4096, 32768], metavar="N")
+    gpu.add_argument("--contexts", type=int, nargs="+", metavar="N", help="default 128 4096 32768")
     gpu.add_argument("--profile", action="store_true", help="also time every kind of launch by itself")
     gpu.add_argument("--draft-vocab", type=int, default=0, metavar="N", help="draft from the first N entries only")
     gpu.add_argument("--fp8-cache", action="store_true", help="keys and values in eight bits")

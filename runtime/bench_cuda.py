@@ -119,8 +119,6 @@ def fill(engine: CudaEngine) -> None:
 def decode_case(engine: CudaEngine, context: int, mtp_k: int, simulate: float, bandwidth: float) -> dict[str, Any]:
     sampler = Sampler(SamplingConfig())
     capacity = context + (ROUNDS + 3) * (mtp_k + 1)
-    if capacity > engine.manifest.capacity:
-        raise UserError(f"--contexts {context}: the model has {engine.manifest.capacity} positions, rounds included")
     decoder = GraphDecoder(engine, capacity, mtp_k, sampler, simulate=simulate if mtp_k else None)
     fill(engine)
     launched = Kernel.launched
@@ -171,7 +169,7 @@ def profile(engine: CudaEngine, rows: int, context: int, bandwidth: float) -> li
     GraphDecoder(engine, context + 64, rows - 1, Sampler(SamplingConfig()))
     fill(engine)
     engine._control(POSITION=context, COMMIT=1)
-    model.verify(rows)  # routing, for launches that start behind it
+    model.verify(rows)  # so that every launch finds its inputs
     recorded: list[Any] = []
     model.recorded = recorded
     model.verify(rows)
@@ -204,10 +202,16 @@ def cases(contexts: Sequence[int], ks: Sequence[int]) -> Iterator[tuple[int, int
                 yield context, mtp_k
 
 
-def measure(engine: CudaEngine, simulate: float, contexts: Sequence[int], profiled: bool) -> dict[str, Any]:
+def measure(engine: CudaEngine, simulate: float, contexts: Sequence[int] | None, profiled: bool) -> dict[str, Any]:
+    """contexts: None for those of CONTEXTS that the model has positions for. Raises UserError: one that it has not."""
+    most = engine.manifest.capacity - (ROUNDS + 3) * 5
+    for context in contexts or ():
+        if context > most:
+            raise UserError(f"--contexts {context}: the model has positions for {most} and the rounds after them")
+    contexts = contexts or [context for context in CONTEXTS if context <= most]
     bandwidth = copy_bandwidth()
     weights = engine.model.weights.bytes
-    ks = range(5) if engine.manifest.has_mtp else range(1)
+    ks = range(min(5, engine.max_rows)) if engine.manifest.has_mtp else range(1)
     print(f"copies at {bandwidth / 1e9:.0f} GB/s; weights {weights / 1e9:.2f} GB; drafts accepted with p = {simulate}")
     header = ("context", "K", "ms", "tokens/round", "tokens/s", "MB", "of floor", "launches", "GB")
     print(("{:>8} {:>2} {:>7} {:>13} {:>9} {:>6} {:>9} {:>9} {:>6}").format(*header), flush=True)

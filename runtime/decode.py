@@ -117,8 +117,6 @@ def main() -> None:
     sampler = Sampler(SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)}))
     if options.engines == DEMO and not DEMO.exists():
         raise UserError(f"{DEMO}: the demo's engines are not built; run `make demo`, or name others with --engines")
-    if options.draft_vocab < 0:
-        raise UserError(f"--draft-vocab {options.draft_vocab}: expected 0 (all) or more")
     engine = open_engine(options.engines, options.threads, draft_vocab=options.draft_vocab, fp8_cache=options.fp8_cache)
     # With --token-ids a tokenizer is welcome, for the text, and not needed.
     has_tokenizer = options.token_ids is None or (options.engines / "tokenizer.json").is_file()

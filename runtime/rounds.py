@@ -118,8 +118,8 @@ def check_request(engine: Engine, prompt: Sequence[int], max_new_tokens: int, mt
     manifest = engine.manifest
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
-    if not 0 <= mtp_k <= 16:
-        raise UserError(f"--mtp-k {mtp_k}: expected 0 to 16")
+    if not 0 <= mtp_k < engine.max_rows:
+        raise UserError(f"--mtp-k {mtp_k}: expected 0 to {engine.max_rows - 1}")
     if mtp_k and not manifest.has_mtp:
         raise UserError(f"--mtp-k {mtp_k}: this checkpoint has no MTP head; use --mtp-k 0")
     if not prompt:

@@ -19,6 +19,7 @@ from plugins.moe_experts.cuda import DownArguments, ExpertsDecode, UpArguments
 from tests.backends import BACKENDS, Backend
 
 RTOL = 2e-5
+SHARED = 200 << 10
 MULTIPROCESSORS = 3  # few, so that blocks go through several tiles
 
 
@@ -54,9 +55,8 @@ def segment(matrix: Matrix, out: torch.Tensor, up: Matrix | None = None, **field
     return Segment(weight=weight, scale=scale, scale_2=scale_2, format=matrix.format, **fields)
 
 
-def kernels(backend: Backend, num_experts: int = 16, top_k: int = 4) -> LinearDecode:
-    module = backend.module(linear.SOURCE, {"NUM_EXPERTS": num_experts, "TOP_K": top_k})
-    return LinearDecode(module, MULTIPROCESSORS)
+def kernels(backend: Backend, shared_limit: int = SHARED) -> LinearDecode:
+    return LinearDecode(backend.module(linear.SOURCE, {}), MULTIPROCESSORS, shared_limit)
 
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor, rtol: float = RTOL) -> None:
@@ -167,9 +167,9 @@ class Mixture:
             segment(self.gate_proj, shared_act, up=self.up_proj, epilogue=SWIGLU),
             segment(self.gate, gate, epilogue=STORE),
         ]
-        kernels(b, self.experts, self.top_k).linear(given, segments, b.stream)
+        kernels(b).linear(given, segments, b.stream)
         module = b.module(experts.SOURCE, {"NUM_EXPERTS": self.experts, "TOP_K": self.top_k})
-        launcher = ExpertsDecode(module, MULTIPROCESSORS, self.experts, self.top_k)
+        launcher = ExpertsDecode(module, MULTIPROCESSORS, SHARED, self.experts, self.top_k)
         pointers = [t.data_ptr() for t in self.gate_up] + [None] * (3 - len(self.gate_up))
         launcher.up(
             UpArguments(given, logits.data_ptr(), *pointers, act.data_ptr(), self.down.format, self.inner), b.stream

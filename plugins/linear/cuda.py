@@ -16,7 +16,6 @@ from export.errors import UserError
 
 SOURCE = Path(__file__).parent / "decode.cu"
 FORMATS = {"float": 0, "fp8": 1, "nvfp4": 2}  # enum Format; "float" is bfloat16 on a GPU
-BYTES = {0: 2.0, 1: 1.0, 2: 0.5}  # per weight
 STORE, ADD, SWIGLU = range(3)  # enum Epilogue
 MAX_SEGMENTS, MAX_ROWS, TILE = 4, 8, 16
 SET_ROWS = 4  # rows that a tensor core multiplies at a time; kernels of more are their own
@@ -83,15 +82,15 @@ class Input(Structure):
         ("depth", c_int),
     ]
 
-    def plan(self, tiles: int, multiprocessors: int) -> tuple[int, int]:
+    def plan(self, tiles: int, multiprocessors: int, shared_limit: int) -> tuple[int, int]:
         """Sets groups and depth. -> (blocks, bytes of shared memory) of a launch over so many tiles."""
         rows = int(self.rows)
         per_block = -(-tiles // multiprocessors)
         # One block each leaves half a multiprocessor to the next kernel; many tiles are faster with two.
         blocks = min(tiles, multiprocessors * (2 if per_block > MANY_TILES else 1))
         self.groups = min(-(-tiles // blocks), WARPS)
-        others = rows * row_bytes(self.k) + int(self.groups) * WARPS * rows * TILE * 4
-        self.depth = min(max((BUDGET - others) // (WARPS * SLOT), 2), MAX_DEPTH)
+        others = shared_bytes(rows, self.k, int(self.groups), depth=0)
+        self.depth = fitting_depth(others, WARPS, MAX_DEPTH, shared_limit)
         return blocks, others + WARPS * int(self.depth) * SLOT
 
 
@@ -103,6 +102,17 @@ class LinearArguments(Structure):
         ("residual_row", c_void_p),
         ("normed", c_void_p),
     ]
+
+
+def fitting_depth(others: int, warps: int, most: int, shared_limit: int) -> int:
+    """Passes under way: within BUDGET beside `others` bytes, or two, or what the device has room for."""
+    depth = min(max((BUDGET - others) // (warps * SLOT), 2), most)
+    return min(depth, (shared_limit - others) // (warps * SLOT))
+
+
+def shared_bytes(rows: int, k: int, groups: int = WARPS, depth: int = 1) -> int:
+    """Of a block: the staged rows, the sums of a turn's tiles, and the warps' passes."""
+    return rows * row_bytes(k) + groups * WARPS * rows * TILE * 4 + WARPS * depth * SLOT
 
 
 def row_bytes(k: int) -> int:
@@ -118,10 +128,10 @@ def check_k(k: int, format: str, name: str) -> None:
 
 
 class LinearDecode:
-    """Macros of the module: NUM_EXPERTS and TOP_K, for the launches that route."""
+    """shared_limit: bytes of dynamic shared memory that a block may have; see `shared_bytes`."""
 
-    def __init__(self, module: Any, multiprocessors: int) -> None:
-        self.module, self.multiprocessors = module, multiprocessors
+    def __init__(self, module: Any, multiprocessors: int, shared_limit: int) -> None:
+        self.module, self.multiprocessors, self.shared_limit = module, multiprocessors, shared_limit
 
     def linear(
         self,
@@ -136,6 +146,6 @@ class LinearDecode:
         normed: where the normed rows go, float32 [T, K]."""
         assert 1 <= given.rows <= MAX_ROWS
         arguments = LinearArguments(Segments.of(segments), given, residual, residual_row, normed)
-        blocks, shared = arguments.input.plan(sum(s.tiles for s in segments), self.multiprocessors)
+        blocks, shared = arguments.input.plan(sum(s.tiles for s in segments), self.multiprocessors, self.shared_limit)
         kernel = self.module.kernel("linear_4" if given.rows <= SET_ROWS else "linear_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)

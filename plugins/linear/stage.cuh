@@ -26,7 +26,7 @@ struct Input {
     int k;
     int rows;
     int groups;                 // tiles of a turn, 1 to WARPS: a warp each finishes them
-    int depth;                  // passes that a warp has under way, 2 to MAX_DEPTH
+    int depth;                  // passes that a warp has under way, 1 to MAX_DEPTH
 };
 
 struct Staged {

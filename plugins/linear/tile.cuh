@@ -119,7 +119,8 @@ DEVICE void wait_for_pass(int depth) {
     else if (depth == 2) copy_wait<1>();
     else if (depth == 3) copy_wait<2>();
     else if (depth == 5) copy_wait<4>();
-    else copy_wait<5>();
+    else if (depth == 6) copy_wait<5>();
+    else copy_wait<0>();
     __syncwarp();
 }
 constexpr int MAX_DEPTH = 6;

@@ -6,10 +6,11 @@ from ctypes import Structure, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
-from plugins.linear.cuda import BUDGET, MAX_EXPERTS, SET_ROWS, SLOT, TILE, WARPS, Input, Segment, row_bytes
+from plugins.linear.cuda import MAX_EXPERTS, SET_ROWS, SLOT, TILE, WARPS, Input, Segment, fitting_depth, row_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS = 12
+PASS_BYTES = DOWN_WARPS * SLOT
 MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 
 
@@ -49,23 +50,27 @@ class DownArguments(Structure):
 class ExpertsDecode:
     """Macros of the module: NUM_EXPERTS and TOP_K."""
 
-    def __init__(self, module: Any, multiprocessors: int, num_experts: int, top_k: int) -> None:
+    def __init__(self, module: Any, multiprocessors: int, shared_limit: int, num_experts: int, top_k: int) -> None:
         assert num_experts <= MAX_EXPERTS
-        self.module, self.multiprocessors = module, multiprocessors
+        self.module, self.multiprocessors, self.shared_limit = module, multiprocessors, shared_limit
         self.num_experts, self.top_k = num_experts, top_k
 
     def up(self, arguments: UpArguments, stream: int) -> None:
         given = arguments.input
         most = min(int(given.rows) * self.top_k, self.num_experts) * -(-arguments.inner // 8)
-        blocks, shared = given.plan(most, self.multiprocessors)
+        blocks, shared = given.plan(most, self.multiprocessors, self.shared_limit)
         kernel = self.module.kernel("experts_up_4" if given.rows <= SET_ROWS else "experts_up_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)
 
     def down(self, arguments: DownArguments, stream: int) -> None:
         rows = int(arguments.rows)
-        staged = rows * (self.top_k * row_bytes(arguments.inner) + row_bytes(arguments.shared_inner))
-        one_round = rows * self.top_k < DOWN_WARPS
-        arguments.depth = 2 if one_round else min(max((BUDGET - staged) // (DOWN_WARPS * SLOT), 2), 4)
+        staged = self.staged_bytes(rows, int(arguments.inner), int(arguments.shared_inner))
+        most = 2 if rows * self.top_k < DOWN_WARPS else 4
+        arguments.depth = fitting_depth(staged, DOWN_WARPS, most, self.shared_limit)
         kernel = self.module.kernel("experts_down_4" if rows <= SET_ROWS else "experts_down_8")
         shared = staged + DOWN_WARPS * int(arguments.depth) * SLOT
         kernel.launch((-(-arguments.hidden // TILE), 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=shared)
+
+    def staged_bytes(self, rows: int, inner: int, shared_inner: int) -> int:
+        """Shared memory of `down` for what its rows' experts made; a pass of its warps, PASS_BYTES, comes on top."""
+        return rows * (self.top_k * row_bytes(inner) + row_bytes(shared_inner))
