@@ -1,4 +1,4 @@
-"""Checkpoint -> engine directory, and engine directory -> callable. One class per backend, all with the interface of `Engine`."""
+"""Checkpoint -> engine directory, and engine directory -> callable: one class per backend, all like `Engine`."""
 
 from __future__ import annotations
 
