@@ -108,11 +108,17 @@ def _translate(source: Path, defines: Mapping[str, int | str]) -> tuple[str, lis
 class EmulatedModule:
     """The kernels of one source: as plugins.kernels.Module, but of a source and on CPU tensors."""
 
+    _stacks: int | None = None  # of the process, which all libraries share
+
     def __init__(self, source: Path, defines: Mapping[str, int | str]) -> None:
         text, names = _translate(source, defines)
         runtime = HERE / "runtime.cpp"
         linked = _cached("o", ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-c"], runtime.read_text(), runtime)
         self._library = ctypes.CDLL(str(_cached("so", [*FLAGS, "-shared"], text, source, [linked])))
+        stacks = self._library["emulator_stacks"]
+        stacks.restype = ctypes.c_void_p
+        EmulatedModule._stacks = stacks(ctypes.c_void_p(EmulatedModule._stacks))
+        assert EmulatedModule._stacks, "no memory for the threads' stacks"
         self._kernels = {name: EmulatedKernel(self._library, name) for name in names}
 
     def kernel(self, name: str) -> EmulatedKernel:

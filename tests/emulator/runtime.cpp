@@ -371,6 +371,17 @@ void* emulator_shared_pointer(unsigned offset) {
     return pointer;
 }
 
+// The stacks of all threads: `given`, or new ones. A process has one set for all its kernels, since guarded pages are
+// scarce. Null: no memory.
+__attribute__((visibility("default"))) void* emulator_stacks(void* given) {
+    if (!given) {
+        given = mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (given == MAP_FAILED) return nullptr;
+        for (unsigned i = 0; i < MAX_THREADS; i++) mprotect((char*)given + i * STACK, PAGE, PROT_NONE);
+    }
+    return stacks = (char*)given;
+}
+
 // Null, or what went wrong. geometry: the grid's and the block's extents.
 __attribute__((visibility("default"))) const char* emulator_launch(
     const char* name, void (*run)(void**), void** args, const unsigned* geometry, unsigned shared, bool programmatic) {
@@ -383,13 +394,6 @@ __attribute__((visibility("default"))) const char* emulator_launch(
     if (!threads || threads > MAX_THREADS) return "a block of no threads, or of more than 1024";
     if (!gridDim.x || !gridDim.y || !gridDim.z) return "a grid of no blocks";
     if (shared > MAX_SHARED) return "more than 227 KB of dynamic shared memory";
-    if (!stacks) {
-        void* memory = mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) return "no memory for stacks";
-        stacks = (char*)memory;
-        for (unsigned i = 0; i < MAX_THREADS; i++) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
-    }
     backward = launches & 1, late_copies = launches >> 1 & 1, launches++;
     current = &fibers[0];
     arm(true);
