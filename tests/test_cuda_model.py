@@ -102,7 +102,8 @@ def assert_close_on_average(out: np.ndarray[Any, Any], expected: np.ndarray[Any,
     ids=["mixed", "bfloat16", "dense", "tied"],
 )
 def test_calls_equal_those_of_the_cpu_target(on_cpu: None, tmp_path: Path, layout: Any, overrides: Any) -> None:
-    cpu, gpu = engines(tmp_path, layout, **({} if overrides.get("dense") else ALL_EXPERTS), **overrides)
+    experts: dict[str, Any] = {} if overrides.get("dense") else ALL_EXPERTS
+    cpu, gpu = engines(tmp_path, layout, **experts, **overrides)
     for engine in (cpu, gpu):
         engine.start(128, 8)
     tokens = torch.randint(0, 24, (40,)).numpy()
