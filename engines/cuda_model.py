@@ -117,11 +117,14 @@ class CudaModel:
             if f"{DRAFT_HEAD}.weight" not in weights.tensors:
                 weights.add_quantized(DRAFT_HEAD, self.head)
             self.draft_head = DRAFT_HEAD
-        macros: dict[str, int | str] = {"NUM_EXPERTS": max(c.num_experts, 1), "TOP_K": max(c.num_experts_per_tok, 1)}
+        self.expert_macros: dict[str, int | str] = {
+            "NUM_EXPERTS": max(c.num_experts, 1),
+            "TOP_K": max(c.num_experts_per_tok, 1),
+        }
         self.shared_limit = self.gpu.shared_bytes - STATIC_SHARED
         self.linear = linear.LinearDecode(self.module(linear.SOURCE, {}), count, self.shared_limit)
         if c.is_moe:
-            compiled = self.module(experts.SOURCE, macros)
+            compiled = self.module(experts.SOURCE, self.expert_macros)
             self.experts = experts.ExpertsDecode(
                 compiled, count, self.shared_limit, c.num_experts, c.num_experts_per_tok
             )
@@ -217,10 +220,9 @@ class CudaModel:
     def delta_net(self, name: str, rows: int) -> None:
         b, sizes, mixer = self.buffers, self.gdn.sizes, f"{name}.linear_attn"
         state, ring = self.state.recurrent[name]
-        places = {"qkv": 0, "z": sizes.z_offset, "b": sizes.b_offset, "a": sizes.a_offset}
         segments = [
             self.segment(f"{mixer}.in_proj_{part}", ring.data_ptr() + 4 * at, sizes.row_stride, ring_mask=gdn.RING - 1)
-            for part, at in places.items()
+            for part, at in sizes.places.items()
         ]
         self.launch("GDN in", self.linear.linear, self.input(b.x, rows, f"{name}.input_layernorm"), segments)
         memory = gdn.Memory(ring.data_ptr(), state.data_ptr())

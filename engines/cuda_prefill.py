@@ -25,14 +25,13 @@ from plugins.sampling import cuda as sampling_cuda
 class Prefill:
     def __init__(self, model: CudaModel, rows: int) -> None:
         self.model, c = model, model.config
-        macros: dict[str, int | str] = {"NUM_EXPERTS": max(c.num_experts, 1), "TOP_K": max(c.num_experts_per_tok, 1)}
         self.linear = linear.PrefillLinear(model.module(linear.SOURCE, {}), model.gpu.multiprocessors)
         sizes = model.attention_sizes
         self.attention = attention.Prefill(model.module(attention.PREFILL_SOURCE, sizes.defines), sizes)
         scratch = model.gdn.scratch_bytes(rows)
         if c.is_moe:
             self.experts = experts.PrefillExperts(
-                model.module(experts.SOURCE, macros), c.num_experts, c.num_experts_per_tok
+                model.module(experts.SOURCE, model.expert_macros), c.num_experts, c.num_experts_per_tok
             )
             scratch = max(scratch, self.experts.scratch_bytes(rows, c.hidden_size, c.moe_intermediate_size))
         self.buffers = PrefillBuffers(c, rows, scratch)
@@ -54,11 +53,10 @@ class Prefill:
     def _delta_net(self, name: str, rows: int) -> None:
         model, b, mixer = self.model, self.buffers, f"{name}.linear_attn"
         sizes = model.gdn.sizes
-        places = {"qkv": 0, "z": sizes.z_offset, "b": sizes.b_offset, "a": sizes.a_offset}
         projected = b.projected.data_ptr()
         segments = [
             model.segment(f"{mixer}.in_proj_{part}", projected + 4 * at, sizes.row_stride)
-            for part, at in places.items()
+            for part, at in sizes.places.items()
         ]
         self._linear("GDN in", b.normed, segments, rows)
         state, ring = model.state.recurrent[name]

@@ -59,6 +59,11 @@ class Sizes:
         return self.b_offset + self.num_v_heads
 
     @property
+    def places(self) -> dict[str, int]:
+        """Where the outputs of in_proj_<name> stand in a row."""
+        return {"qkv": 0, "z": self.z_offset, "b": self.b_offset, "a": self.a_offset}
+
+    @property
     def row_stride(self) -> int:
         """Floats from one row to the next, whole cache lines."""
         return -(-(self.a_offset + self.num_v_heads) // 32) * 32
