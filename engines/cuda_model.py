@@ -264,6 +264,7 @@ class CudaModel:
         given = self.input(x, rows, norm)
         if not c.is_moe:
             pair = self.store(f"{mlp}.gate_proj", b.shared_act, up=f"{mlp}.up_proj", epilogue=SWIGLU)
+            given.late = True  # as experts_up: once a layer, see common.cuh
             self.launch("MLP up", self.linear.linear, given, [pair])
             self.add("MLP down", self.input(b.shared_act, rows), f"{mlp}.down_proj", x)
             return

@@ -22,8 +22,10 @@ constexpr uint32_t ALL_LANES = 0xffffffffu;
 
 // ---- programmatic dependent launch -------------------------------------------------------------------------------
 // Every kernel calls wait_for_previous() in every thread before it reads what an earlier kernel of the round wrote or
-// writes anything, and only then launch_next(). Hence when a kernel starts, all kernels but the one right before it
-// have completed: what those wrote, and the weights, may be read before the wait.
+// writes anything. launch_next() lets the next kernel's blocks start where there is room. Most kernels call it first;
+// once in a layer (experts_up, a dense MLP's first product) and wherever else nothing is gained, a late kernel calls it
+// after the wait. When a kernel starts, all those before the last late one before it have completed: what they wrote,
+// and the weights, may be read before the wait.
 
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

@@ -23,9 +23,9 @@ WARPS = 8  # of a block (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
 SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
 BUDGET = 99 << 10  # bytes of shared memory: two blocks, of this kernel and the next, on a multiprocessor
-MAX_DEPTH = 6  # passes under way
+MAX_DEPTH = 8  # passes that a warp has under way
 MAX_EXPERTS = 512
-MANY_TILES = 16  # a multiprocessor
+MANY_TILES = 7  # a multiprocessor
 
 
 class Segment(Structure):
@@ -78,25 +78,34 @@ class Input(Structure):
         ("head_parts", c_int),
         ("k", c_int),
         ("rows", c_int),
-        ("groups", c_int),
-        ("depth", c_int),
+        ("slots", c_int),
+        ("late", c_int),
     ]
 
-    def plan(self, tiles: int, multiprocessors: int, shared_limit: int) -> tuple[int, int]:
-        """Sets groups and depth. -> (blocks, bytes of shared memory) of a launch over so many tiles."""
-        rows = int(self.rows)
-        per_block = -(-tiles // multiprocessors)
-        # One block each leaves half a multiprocessor to the next kernel; many tiles are faster with two.
-        blocks = min(tiles, multiprocessors * (2 if per_block > MANY_TILES else 1))
-        self.groups = min(-(-tiles // blocks), WARPS)
-        others = shared_bytes(rows, self.k, int(self.groups), depth=0)
-        self.depth = fitting_depth(others, WARPS, MAX_DEPTH, shared_limit)
-        return blocks, others + WARPS * int(self.depth) * SLOT
+    def fit(self, shared_limit: int) -> int:
+        """Sets `slots`. -> bytes of shared memory."""
+        staged = self.rows * row_bytes(self.k)
+        self.slots = min(max((BUDGET - staged) // SLOT, 2 * WARPS), (shared_limit - staged) // SLOT, WARPS * MAX_DEPTH)
+        return int(staged + self.slots * SLOT)
+
+
+class Part(Structure):
+    """The segments of one format, and the blocks that share their tiles; see decode.cu."""
+
+    _fields_ = [
+        ("format", c_int),
+        ("first_segment", c_int),
+        ("end_segment", c_int),
+        ("first_block", c_int),
+        ("blocks", c_int),
+        ("tiles", c_int),
+    ]
 
 
 class LinearArguments(Structure):
     _fields_ = [
         ("segments", Segments),
+        ("parts", Part * len(FORMATS)),
         ("input", Input),
         ("residual", c_void_p),
         ("residual_row", c_void_p),
@@ -104,15 +113,35 @@ class LinearArguments(Structure):
     ]
 
 
-def fitting_depth(others: int, warps: int, most: int, shared_limit: int) -> int:
-    """Passes under way: within BUDGET beside `others` bytes, or two, or what the device has room for."""
-    depth = min(max((BUDGET - others) // (warps * SLOT), 2), most)
-    return min(depth, (shared_limit - others) // (warps * SLOT))
+def blocks_for(tiles: int, multiprocessors: int) -> int:
+    """One block each leaves half a multiprocessor to the next kernel; many tiles are faster with two."""
+    return min(tiles, multiprocessors * (2 if tiles > MANY_TILES * multiprocessors else 1))
 
 
-def shared_bytes(rows: int, k: int, groups: int = WARPS, depth: int = 1) -> int:
-    """Of a block: the staged rows, the sums of a turn's tiles, and the warps' passes."""
-    return rows * row_bytes(k) + groups * WARPS * rows * TILE * 4 + WARPS * depth * SLOT
+def parts_of(segments: Sequence[Segment], multiprocessors: int) -> list[Part]:
+    """A launch's blocks, divided such that the one with the most bytes has as few as can be. segments: by format."""
+    parts: list[Part] = []
+    for i, segment in enumerate(segments):
+        if not parts or parts[-1].format != segment.format:
+            parts.append(Part(format=segment.format, first_segment=i, blocks=1))
+        parts[-1].end_segment = i + 1
+        parts[-1].tiles += segment.tiles
+
+    def bytes_of_block(part: Part) -> int:
+        return -(-part.tiles // part.blocks) * (4, 2, 1)[part.format]
+
+    for _ in range(len(parts), blocks_for(sum(part.tiles for part in parts), multiprocessors)):
+        most = max(parts, key=bytes_of_block)
+        if most.blocks < most.tiles:
+            most.blocks += 1
+    for part, following in zip(parts, parts[1:], strict=False):
+        following.first_block = part.first_block + part.blocks
+    return parts
+
+
+def shared_bytes(rows: int, k: int) -> int:
+    """The least that a block needs: the staged rows, a pass of each of its warps."""
+    return rows * row_bytes(k) + WARPS * SLOT
 
 
 def row_bytes(k: int) -> int:
@@ -145,7 +174,12 @@ class LinearDecode:
         """Multiplies the rows with every segment. residual: what ADD adds to, read from row *residual_row on.
         normed: where the normed rows go, float32 [T, K]."""
         assert 1 <= given.rows <= MAX_ROWS
-        arguments = LinearArguments(Segments.of(segments), given, residual, residual_row, normed)
-        blocks, shared = arguments.input.plan(sum(s.tiles for s in segments), self.multiprocessors, self.shared_limit)
+        segments = sorted(segments, key=lambda segment: int(segment.format))
+        parts = parts_of(segments, self.multiprocessors)
+        arguments = LinearArguments(Segments.of(segments), input=given)
+        arguments.residual, arguments.residual_row, arguments.normed = residual, residual_row, normed
+        for i, part in enumerate(parts):
+            arguments.parts[i] = part
+        blocks, shared = sum(part.blocks for part in parts), arguments.input.fit(self.shared_limit)
         kernel = self.module.kernel("linear_4" if given.rows <= SET_ROWS else "linear_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)

@@ -1,13 +1,22 @@
 // Linear layers on 1..8 rows: several weight matrices of any format over one input, norms fused in front, residual or
 // SwiGLU behind. Replaces FloatLinear, Fp8Linear, Nvfp4Linear and ZeroCenteredRmsNorm of plugins/ in a decoding step.
 //
-// A block stages the rows, then goes from tile to tile (16 weight rows); its warps share the tile's k. The weights of
-// the next tile are on their way while this one is multiplied, those of the first before the previous kernel has
-// ended.
+// A block's tiles (16 weight rows) are all of one format: a Part of the launch. The first weights are on their way
+// before the previous kernel has ended.
 #include "linear/stage.cuh"
 
+// The segments of one format, and the blocks that share their tiles.
+struct Part {
+    int format;
+    int first_segment, end_segment;
+    int first_block, blocks;
+    int tiles;
+};
+constexpr int MAX_PARTS = 3;
+
 struct LinearArguments {
-    Segments segments;
+    Segments segments;        // sorted by format
+    Part parts[MAX_PARTS];
     Input input;
     const float* residual;    // ADD: out = residual + product, row (t + *residual_row)
     const int* residual_row;  // null: 0
@@ -18,112 +27,124 @@ DEVICE int tile_rows(const Segment& s) { return s.epilogue == SWIGLU ? 8 : 16; }
 DEVICE int tiles_of(const Segment& s) { return (s.n + tile_rows(s) - 1) >> (s.epilogue == SWIGLU ? 3 : 4); }
 
 // What a warp that finishes a tile needs.
-struct Prepared {
-    float* out;
-    int n, epilogue, out_stride, ring_mask;  // of the segment; n: 0 without a tile
-    int first;  // row of the weight
-    float factor, factor_up;
+template <int SETS>
+struct PreparedTile {
+    int segment, first;  // row of the weight
+    float scale_2, scale_2_up;
     int position;
-    float residual[MAX_ROWS / 2];
+    float residual[2 * SETS];
 };
 
+template <int SETS>
 struct LinearWork {
-    static constexpr bool EARLY = true;
+    using Prepared = PreparedTile<SETS>;
     const LinearArguments& a;
-    Tile tile;
-    int complete;              // tiles before this are of `tile`'s segment and have all their rows
-    int64_t step, scale_step;  // from a tile of the block to its next
+    const Part& part;
 
-    DEVICE void choose() {}
-    DEVICE int tiles() const {
-        int tiles = 0;
-        for (int i = 0; i < a.segments.count; i++) tiles += tiles_of(a.segments.segment[i]);
-        return tiles;
+    // A tile's segment; `index` becomes its place there.
+    DEVICE int segment_of(int& index) const {
+        int i = part.first_segment;
+#pragma unroll 1
+        while (i + 1 < part.end_segment && index >= tiles_of(a.segments.segment[i])) index -= tiles_of(a.segments.segment[i++]);
+        return i;
     }
-    DEVICE int format_at(int index, int& until) const {
-        int i = 0;
-        until = tiles_of(a.segments.segment[0]);
-        while (index >= until) until += tiles_of(a.segments.segment[++i]);
-        return a.segments.segment[i].format;
-    }
-    DEVICE void point(int index) {
-        int i = 0, from = 0;
-        while (index - from >= tiles_of(a.segments.segment[i])) from += tiles_of(a.segments.segment[i++]);
-        const Segment& s = a.segments.segment[i];
+    template <int FORMAT>
+    DEVICE Tile tile(int index) const {
+        const Segment& s = a.segments.segment[segment_of(index)];
         bool pair = s.epilogue == SWIGLU;
-        int k = a.input.k, rows = tile_rows(s);
-        tile = make_tile(s.weight, s.scale, pair ? s.weight_up : 0, s.scale_up, (index - from) * rows, s.n, k, s.format);
-        complete = from + (s.n >> (pair ? 3 : 4));
-        step = (int64_t)gridDim.x * rows * bytes_of(k, s.format), scale_step = (int64_t)gridDim.x * rows * (k / 16);
+        return make_tile<FORMAT>(s.weight, s.scale, pair ? s.weight_up : nullptr, s.scale_up, index * tile_rows(s), s.n, a.input.k);
     }
-    DEVICE void advance(int index) {
-        if (index < complete) tile.low += step, tile.high += step, tile.scale_low += scale_step, tile.scale_high += scale_step;
-        else point(index);
-    }
-
     DEVICE Prepared prepare(int index) const {
         Prepared p = {};
-        int i = 0;
-        while (i < a.segments.count && index >= tiles_of(a.segments.segment[i])) index -= tiles_of(a.segments.segment[i++]);
-        if (i == a.segments.count) return p;
-        const Segment& s = a.segments.segment[i];
-        p.out = (float*)s.out, p.n = s.n, p.epilogue = s.epilogue, p.out_stride = s.out_stride, p.ring_mask = s.ring_mask;
+        p.segment = segment_of(index);
+        const Segment& s = a.segments.segment[p.segment];
         p.first = index * tile_rows(s);
-        p.factor = factor_of(s.format, s.scale_2);
-        if (s.epilogue == SWIGLU) p.factor_up = factor_of(s.format, s.scale_2_up);
+        if (part.format != BF16) {
+            p.scale_2 = *s.scale_2;
+            if (s.epilogue == SWIGLU) p.scale_2_up = *s.scale_2_up;
+        }
         return p;
     }
     DEVICE void ask(Prepared& p) const {
-        if (p.ring_mask) p.position = __ldcg(a.input.position);
-        if (p.epilogue != ADD) return;
-        int lane = threadIdx.x & 31, from = a.residual_row ? __ldcg(a.residual_row) : 0, n = p.first + (lane & 15);
+        const Segment& s = a.segments.segment[p.segment];
+        if (s.ring_mask) p.position = __ldcg(a.input.position);
+        if (s.epilogue != ADD) return;
+        int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3, from = a.residual_row ? __ldcg(a.residual_row) : 0;
 #pragma unroll
-        for (int i = 0; i < MAX_ROWS / 2; i++) {
-            int row = 2 * i + (lane >> 4);
-            if (row < a.input.rows && n < p.n) p.residual[i] = __ldcg(a.residual + (int64_t)(from + row) * p.out_stride + n);
+        for (int i = 0; i < 2 * SETS; i++) {
+            int row = i / 2 * SET_ROWS + t, n = p.first + g + i % 2 * 8;
+            if (row < a.input.rows && n < s.n) p.residual[i] = __ldcg(a.residual + (int64_t)(from + row) * s.out_stride + n);
         }
     }
-    DEVICE void store(const Prepared& p, int row, int n, float y) const {
-        int slot = p.ring_mask ? (p.position + row) & p.ring_mask : row;
-        p.out[(int64_t)slot * p.out_stride + n] = y;
-    }
-    DEVICE void finish(const Prepared& p, const Staged& staged, const Partial& partial, int place) const {
-        int lane = threadIdx.x & 31, rows = a.input.rows;
-        if (p.epilogue == SWIGLU) {
-            for (int row = lane >> 3, j = lane & 7; row < rows && p.first + j < p.n; row += 4) {
-                float rms = rms_factor(staged, a.input, row);
-                float gate = partial.get(place, row, j) * (rms * p.factor);
-                float up = partial.get(place, row, j + 8) * (rms * p.factor_up);
-                store(p, row, p.first + j, silu(gate) * up);
+    DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
+        const Segment& s = a.segments.segment[p.segment];
+        int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+        float factor = part.format == NVFP4 ? factor_of<NVFP4>(p.scale_2) : part.format == FP8 ? p.scale_2 : 1.f;
+        float factor_up = part.format == NVFP4 ? factor_of<NVFP4>(p.scale_2_up) : part.format == FP8 ? p.scale_2_up : 1.f;
+#pragma unroll
+        for (int set = 0; set < SETS; set++) {
+            int row = set * SET_ROWS + t, n = p.first + g;
+            if (row >= a.input.rows) break;
+            float rms = rms_factor(staged, a.input, row), low = value[2 * set], high = value[2 * set + 1];
+            float* out = (float*)s.out + (int64_t)(s.ring_mask ? (p.position + row) & s.ring_mask : row) * s.out_stride + n;
+            if (s.epilogue == SWIGLU) {
+                if (n < s.n) *out = silu(low * (rms * factor)) * (high * (rms * factor_up));
+            } else {
+                if (n < s.n) *out = low * (rms * factor) + p.residual[2 * set];
+                if (n + 8 < s.n) out[8] = high * (rms * factor) + p.residual[2 * set + 1];
             }
-            return;
-        }
-        int j = lane & 15;
-#pragma unroll
-        for (int i = 0; i < MAX_ROWS / 2; i++) {
-            int row = 2 * i + (lane >> 4);
-            if (row >= rows || p.first + j >= p.n) break;
-            float y = partial.get(place, row, j) * (rms_factor(staged, a.input, row) * p.factor);
-            store(p, row, p.first + j, y + p.residual[i]);
-        }
-    }
-    DEVICE void turned(bool first, const Staged& staged) const {
-        if (!a.normed || blockIdx.x || !first) return;
-        const Input& in = a.input;
-        for (int row = 0; row < in.rows; row++) {
-            float rms = rms_factor(staged, in, row);
-            for (int k = threadIdx.x; k < in.k; k += THREADS)
-                a.normed[row * in.k + k] = __ldcg(in.x + (int64_t)row * in.x_stride + k) * (1.f + in.norm_weight[k]) * rms;
         }
     }
 };
+
+template <int SETS, int FORMAT, int PIECES>
+DEVICE void linear_part(const LinearArguments& a, const Part& part, uint4* memory, Staged& staged, float* exchange) {
+    const Input& in = a.input;
+    const LinearWork<SETS> work = {a, part};
+    uint8_t* vectors = (uint8_t*)((Slot*)memory + in.slots);
+    Plan plan = Plan::of(part.tiles, blockIdx.x - part.first_block, part.blocks);
+    Stream<FORMAT, LinearWork<SETS>> stream(work, in, plan, memory);
+    Share share = share_of(in.k, threadIdx.x >> 5);
+    NormWeight<PIECES> weight;
+    weight.load(in, share.begin, share.end);
+    typename LinearWork<SETS>::Prepared prepared = {};
+    bool first = plan.first() < plan.tiles;
+    if (first) prepared = work.prepare(plan.first());
+    wait_for_previous();
+    if (in.late) launch_next();
+    Rows<PIECES> rows;
+    rows.load(in, 0, share.begin, share.end);
+    if (first) work.ask(prepared);
+    stage_all<SETS, FORMAT, PIECES>(vectors, staged, in, weight, rows);
+    if (plan.ways < WARPS) __syncthreads();
+    else __syncwarp();
+    multiply_tiles<SETS, FORMAT>(in, plan, stream, work, prepared, vectors, staged, exchange);
+}
 
 template <int SETS>
 DEVICE void linear_rows(const LinearArguments& a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
-    LinearWork work = {a};
-    go_through_tiles<SETS>(a.input, shared_memory, staged, work);
+    __shared__ float exchange[WARPS * 2 * SETS * 32];
+    const Input& in = a.input;
+    if (!in.late) launch_next();
+    int i = 0;
+    while (blockIdx.x >= a.parts[i].first_block + a.parts[i].blocks) i++;
+    const Part& part = a.parts[i];
+    bool one = share_size(in.k) <= PIECE;
+    auto run = [&](auto format) {
+        if (one) linear_part<SETS, decltype(format)::VALUE, 1>(a, part, shared_memory, staged, exchange);
+        else linear_part<SETS, decltype(format)::VALUE, 2>(a, part, shared_memory, staged, exchange);
+    };
+    if (part.format == NVFP4) run(Constant<NVFP4>());
+    else if (part.format == FP8) run(Constant<FP8>());
+    else run(Constant<BF16>());
+    if (!a.normed || blockIdx.x) return;
+    for (int row = 0; row < in.rows; row++) {
+        float rms = rms_factor(staged, in, row);
+        for (int k = threadIdx.x; k < in.k; k += THREADS)
+            a.normed[row * in.k + k] = __ldcg(in.x + (int64_t)row * in.x_stride + k) * (1.f + in.norm_weight[k]) * rms;
+    }
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) linear_4(const __grid_constant__ LinearArguments a) { linear_rows<1>(a); }
 KERNEL __launch_bounds__(THREADS, RESIDENT) linear_8(const __grid_constant__ LinearArguments a) { linear_rows<2>(a); }

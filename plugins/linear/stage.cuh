@@ -1,9 +1,9 @@
 // A block of 8 warps that multiplies rows with tiles of weights; the frame of linear layers and experts_up.
 //
-// A warp has its own share of k in every tile: it stages that share of the rows itself and multiplies it, so that
-// nothing in a block waits for anything but the sums of a turn. A block takes less than half a multiprocessor: the next
-// kernel's moves in while this one works and starts fetching its weights, which keeps memory busy through what kernels
-// spend waiting for each other.
+// k is cut into eight shares. Each warp stages one of them; the products of a share are summed up by themselves, and
+// shares joined pair by pair, so that a tile may be one warp's or shared by two, four or eight: the bits are the same.
+// A block takes less than half a multiprocessor: the next kernel's moves in while this one works and starts fetching its
+// weights, which keeps memory busy through what kernels spend waiting for each other.
 #pragma once
 #include "tile.cuh"
 
@@ -12,7 +12,7 @@
 #endif
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr int PIECE = 256;  // k that a warp stages at a time
+constexpr int PIECE = 256;  // k that a warp stages at a time: eight values a lane
 
 struct Input {
     const float* x;             // row t: x + t * x_stride
@@ -21,222 +21,310 @@ struct Input {
     const int* position;        //   every head, whose squares these are. position: of row 0; addresses rings
     float epsilon;
     int x_stride;
-    int head_dim;               // a multiple of 8
+    int head_dim;               // a multiple of 16
     int head_parts;
     int k;
     int rows;
-    int groups;                 // tiles of a turn, 1 to WARPS: a warp each finishes them
-    int depth;                  // passes that a warp has under way, 1 to MAX_DEPTH
+    int slots;                  // passes that a block has room for
+    int late;                   // start the next kernel only after the wait (see common.cuh)
 };
 
 struct Staged {
-    float squares[MAX_ROWS][WARPS];  // sums of squares of the warps' shares
+    float squares[MAX_ROWS][WARPS];  // sums of squares of the shares
     uint32_t largest[WARPS][MAX_ROWS];
 };
 
-// A warp's share of k.
 struct Share {
     int begin, end;
 };
-DEVICE Share share_of(int k) {
-    int size = (k + 64 * WARPS - 1) / (64 * WARPS) * 64, warp = threadIdx.x >> 5;
-    return {min(warp * size, k), min(warp * size + size, k)};
+DEVICE int share_size(int k) { return (k + 64 * WARPS - 1) / (64 * WARPS) * 64; }
+DEVICE Share share_of(int k, int share) {
+    int size = share_size(k);
+    return {min(share * size, k), min(share * size + size, k)};
 }
 
-DEVICE float head_factor(const Input& in, int row, int k) {
-    int heads = (int)__fdividef(in.k + 0.5f, in.head_dim), head = (int)__fdividef(k + 0.5f, in.head_dim);
-    const float* parts = in.head_squares + (row * heads + head) * in.head_parts;
-    float sum = 0.f;
-    if (in.head_parts == 4) {
-        float4 p = __ldcg((const float4*)parts);
-        sum = (p.x + p.y) + (p.z + p.w);
-    } else {
-        for (int i = 0; i < in.head_parts; i++) sum += __ldcg(parts + i);
+// ---- staging -----------------------------------------------------------------------------------------------------
+// PIECES: 1 where a share is one piece, else 2.
+
+// The weights of the norm for a lane's values.
+template <int PIECES>
+struct NormWeight {
+    float value[PIECES][8];
+    DEVICE void load(const Input& in, int from, int end) {
+        int k = from + (threadIdx.x & 31) * 8;
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) value[p][j] = 0.f;
+            if (in.norm_weight && k + p * PIECE < end) load_eight(value[p], in.norm_weight + k + p * PIECE);
+        }
     }
-    return rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
-}
+};
 
-// The warp's share of all rows. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
-// applied to the product. weight: the lane's eight values of the norm's in the first piece.
-DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const float (&weight)[8], Share share, int format) {
-    constexpr int BATCH = 4;  // loads that wait together
+// PIECES pieces of up to four rows.
+template <int PIECES>
+struct Rows {
+    float x[SET_ROWS][PIECES][8];
+    float factor[SET_ROWS];  // of the head that is the lane's in counting from the first one here
+
+    DEVICE static int head_at(const Input& in, int k) { return (int)__fdividef(k + 0.5f, in.head_dim); }
+
+    DEVICE void load(const Input& in, int first, int from, int end) {
+        int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int r = 0; r < SET_ROWS; r++) {
+            if (first + r >= in.rows) break;
+            const float* row = in.x + (int64_t)(first + r) * in.x_stride;
+#pragma unroll
+            for (int p = 0; p < PIECES; p++) {
+                int k = from + p * PIECE + lane * 8;
+#pragma unroll
+                for (int j = 0; j < 8; j++) x[r][p][j] = 0.f;
+                if (k < end) load_eight(x[r][p], row + k);
+            }
+        }
+        if (in.head_squares) load_factors(in, first, from);
+    }
+    DEVICE void load_factors(const Input& in, int first, int from) {
+        int heads = head_at(in, in.k), head = min(head_at(in, from) + (int)(threadIdx.x & 31), heads - 1);
+        const float* squares = in.head_squares + (first * heads + head) * in.head_parts;
+        float4 parts[SET_ROWS];
+#pragma unroll
+        for (int r = 0; r < SET_ROWS; r++) {
+            if (first + r >= in.rows) break;
+            const float* own = squares + r * heads * in.head_parts;
+            parts[r] = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (in.head_parts == 4) parts[r] = __ldcg((const float4*)own);
+            else
+#pragma unroll 1
+                for (int i = 0; i < in.head_parts; i++) parts[r].x += __ldcg(own + i);
+        }
+#pragma unroll
+        for (int r = 0; r < SET_ROWS; r++) {
+            if (first + r >= in.rows) break;
+            float sum = (parts[r].x + parts[r].y) + (parts[r].z + parts[r].w);
+            factor[r] = rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
+        }
+    }
+
+    // The norm per head, or the weights of the norm in front; that one's factor is applied to the product.
+    DEVICE void apply(const Input& in, const NormWeight<PIECES>& weight, int first, int from, float (&squares)[SET_ROWS],
+                      uint32_t (&largest)[SET_ROWS]) {
+        int lane = threadIdx.x & 31, head[PIECES] = {};
+#pragma unroll
+        for (int p = 0; p < PIECES; p++)
+            if (in.head_squares) head[p] = head_at(in, from + p * PIECE + lane * 8) - head_at(in, from);
+#pragma unroll
+        for (int r = 0; r < SET_ROWS; r++) {
+            if (first + r >= in.rows) break;
+#pragma unroll
+            for (int p = 0; p < PIECES; p++) {
+                if (in.head_squares) {
+                    float own = __shfl_sync(ALL_LANES, factor[r], head[p] & 31);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) x[r][p][j] *= own;
+                } else if (in.norm_weight) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        squares[r] += x[r][p][j] * x[r][p][j], x[r][p][j] *= 1.f + weight.value[p][j];
+                }
+#pragma unroll
+                for (int j = 0; j < 8; j++) largest[r] = max(largest[r], magnitude_bits(x[r][p][j]));
+            }
+        }
+    }
+};
+
+// The warp's share of four rows from `first` on. rows, weight: its first pieces.
+template <int FORMAT, int PIECES>
+DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, NormWeight<PIECES>& weight, Rows<PIECES>& rows, int first) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
-    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, count = in.rows * pieces;
-    if (lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
-    __syncwarp();
-    int row = 0, piece = 0;
-    for (int from = 0; from < count; from += BATCH) {
-        float x[BATCH][8] = {}, factor[BATCH];
-        int rows[BATCH], at[BATCH];
+    Share share = share_of(in.k, warp);
+    float squares[SET_ROWS] = {}, scale[SET_ROWS] = {};
+    uint32_t largest[SET_ROWS] = {};
+    auto put = [&](int from) {
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            rows[i] = row, at[i] = share.begin + piece * PIECE + lane * 8, factor[i] = 1.f;
-            if (from + i < count && at[i] < share.end) {
-                load_eight(x[i], in.x + (int64_t)row * in.x_stride + at[i]);
-                if (in.head_squares) factor[i] = head_factor(in, row, at[i]);
-            }
-            if (++piece == pieces) piece = 0, row++;
-        }
+        for (int r = 0; r < SET_ROWS; r++) {
+            if (first + r >= in.rows) break;
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            if (from + i >= count) break;
-            float squares = 0.f;
-            uint32_t largest = 0;
-            if (in.norm_weight) {
-                float other[8] = {};
-                bool first = at[i] < share.begin + PIECE;
-                if (!first && at[i] < share.end) load_eight(other, in.norm_weight + at[i]);
-#pragma unroll
-                for (int j = 0; j < 8; j++) squares += x[i][j] * x[i][j], x[i][j] *= 1.f + (first ? weight[j] : other[j]);
-            }
-#pragma unroll
-            for (int j = 0; j < 8; j++) x[i][j] *= factor[i], largest = max(largest, magnitude_bits(x[i][j]));
-            if (at[i] < share.end) put_raw(vectors + 2 * rows[i] * stride + chunk_place(at[i] / 8), stride, x[i]);
-            largest = __reduce_max_sync(ALL_LANES, largest);
-            if (in.norm_weight) squares = warp_sum(squares);
-            if (lane == 0) {
-                staged.squares[rows[i]][warp] += squares;
-                staged.largest[warp][rows[i]] = max(staged.largest[warp][rows[i]], largest);
+            for (int p = 0; p < PIECES; p++) {
+                int k = from + p * PIECE + lane * 8;
+                uint8_t* place = vectors + 2 * (first + r) * stride + chunk_place(k / 8);
+                if (k < share.end) put_split<FORMAT>(place, stride, rows.x[r][p], scale[r]);
             }
         }
+    };
+    auto find_scales = [&] {
+#pragma unroll
+        for (int r = 0; r < SET_ROWS; r++) {
+            if (first + r >= in.rows) break;
+            largest[r] = __reduce_max_sync(ALL_LANES, largest[r]);
+            scale[r] = scale_of<FORMAT>(largest[r]);
+            float sum = in.norm_weight ? warp_sum(squares[r]) : 0.f;
+            if (lane == 0) staged.largest[warp][first + r] = largest[r], staged.squares[first + r][warp] = sum;
+        }
+    };
+    if (PIECES == 1) {
+        rows.apply(in, weight, first, share.begin, squares, largest);
+        find_scales();
+        put(share.begin);
+        return;
     }
-    __syncwarp();
-    for (int r = 0; r < in.rows; r++) {
-        float scale = scale_of(staged.largest[warp][r], format);
-        for (int k = share.begin + lane * 8; k < share.end; k += PIECE)
-            split_raw(vectors + 2 * r * stride + chunk_place(k / 8), stride, scale, format);
+    bool once = share.end - share.begin <= PIECES * PIECE;
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {  // the largest first, then the parts
+#pragma unroll 1
+        for (int from = share.begin; from < share.end; from += PIECES * PIECE) {
+            if (!once && (turn || from > share.begin)) {
+                rows.load(in, first, from, share.end);
+                weight.load(in, from, share.end);
+            }
+            if (!turn || !once) rows.apply(in, weight, first, from, squares, largest);
+            if (turn) put(from);
+        }
+        if (!turn) find_scales();
     }
-    __syncwarp();
+}
+
+// All rows. loaded, weight: the first four rows' first pieces.
+template <int SETS, int FORMAT, int PIECES>
+DEVICE void stage_all(uint8_t* vectors, Staged& staged, const Input& in, NormWeight<PIECES>& weight, Rows<PIECES>& loaded) {
+    stage<FORMAT, PIECES>(vectors, staged, in, weight, loaded, 0);
+    if (SETS == 1 || in.rows <= SET_ROWS) return;
+    Share share = share_of(in.k, threadIdx.x >> 5);
+    weight.load(in, share.begin, share.end);
+    loaded.load(in, SET_ROWS, share.begin, share.end);
+    stage<FORMAT, PIECES>(vectors, staged, in, weight, loaded, SET_ROWS);
 }
 
 DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
     if (!in.norm_weight) return 1.f;
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) sum += staged.squares[row][i];
+    const float* s = staged.squares[row];
+    float sum = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
     return rsqrtf(__fdividef(sum, in.k) + in.epsilon);
 }
 
-// The warps' sums of a turn's tiles, [tile, warp, row, tile row].
-struct Partial {
-    float* sums;
-    int rows;
+// ---- tiles -------------------------------------------------------------------------------------------------------
 
-    DEVICE void put(int tile, int row, int tile_row, float value) const {
-        if (row < rows) sums[((tile * WARPS + (threadIdx.x >> 5)) * rows + row) * TILE + tile_row] = value;
+// The tiles of a block, every `grid`-th from `index` on, and how its warps share them.
+struct Plan {
+    int tiles, index, grid;
+    int ways;    // warps of a tile; 1 if they are more than four, else as many as there are warps for
+    int active;  // warps with a tile, as warps 0..active - 1
+
+    DEVICE static Plan of(int tiles, int index, int grid) {
+        int each = (tiles + grid - 1) / grid;
+        int ways = each <= 1 ? 8 : each == 2 ? 4 : each <= 4 ? 2 : 1;
+        return {tiles, index, grid, ways, min(each * ways, WARPS)};
     }
-    DEVICE float get(int tile, int row, int tile_row) const {
-        const float* from = sums + (tile * WARPS * rows + row) * TILE + tile_row;
-        float sum = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += from[w * rows * TILE];
-        return sum;
-    }
+    DEVICE int first() const { return index + (threadIdx.x >> 5) / ways * grid; }
+    DEVICE int step() const { return WARPS / ways * grid; }
+    DEVICE int shares() const { return WARPS / ways; }  // of a warp in a tile
+    DEVICE int first_share() const { return (threadIdx.x >> 5) % ways * shares(); }
 };
 
-// A block goes through its tiles (every gridDim.x-th) in turns of in.groups. A Work has
-//   EARLY: its tiles are known before the previous kernel has ended; MIXED: they differ in format;
-//   choose(): called by all threads after the wait, where not EARLY; tiles(): how many there are;
-//   tile, point(index), advance(index): the warp's next tile to fetch, the same of the block's tile after it;
-//   format_at(index, until): a tile's, and that of those up to `until`;
-//   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
-//   finish(index, prepared, staged, partial, place): by a warp, for the tile at a place of the turn;
-//   turned(turn): called by all threads after each turn.
-// shared_memory: the warps' pipelines, the rows' vectors, the sums.
-template <int SETS, typename Work>
-DEVICE void go_through_tiles(const Input& in, uint4* shared_memory, Staged& staged, Work& work) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, grid = gridDim.x;
-    Share share = share_of(in.k);
-    Slot* slots = (Slot*)shared_memory + warp * in.depth;
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + WARPS * in.depth);
-    Partial partial = {(float*)(vectors + 2 * in.rows * vector_bytes(in.k)), in.rows};
-    float norm_weight[8] = {};
-    if (in.norm_weight && share.begin + lane * 8 < share.end) load_eight(norm_weight, in.norm_weight + share.begin + lane * 8);
+// A warp's weights on their way: its shares of its tiles, in passes. A Work has tile<FORMAT>(index).
+template <int FORMAT, typename Work>
+struct Stream {
+    const Work& work;
+    Slot* slots;
+    int depth, tiles, step;
+    int begin, end, size;  // of the warp's shares, of one of them, in bytes of a weight row
+    Tile tile;
+    int next, at, stop;    // where to go on
 
-    int first = blockIdx.x, tiles = 0;
-    if (Work::EARLY) {
-        tiles = work.tiles();
-    } else {
-        wait_for_previous();
-        launch_next();
-        work.choose();
-        tiles = work.tiles();
+    DEVICE Stream(const Work& work, const Input& in, const Plan& plan, uint4* memory) : work(work) {
+        int warp = threadIdx.x >> 5;
+        depth = min(in.slots / plan.active, MAX_DEPTH);
+        slots = (Slot*)memory + warp * depth;
+        tiles = plan.tiles, step = plan.step();
+        size = bytes_of(share_size(in.k), FORMAT), end = bytes_of(in.k, FORMAT);
+        begin = min(plan.first_share() * size, end), end = min(begin + plan.shares() * size, end);
+        next = warp < plan.active && begin < end ? plan.first() : tiles;
+        at = stop = 0;
+        open();
+#pragma unroll 1
+        for (int slot = 0; slot < depth && warp < plan.active; slot++) put(slot);
     }
-    auto prepare = [&] { return work.prepare(warp < in.groups ? first + warp * grid : tiles); };
-    auto prepared = prepare();
-
-    int until = 0, format = -1, staged_format = -1, begin = 0, end = 0;  // of the tile to multiply
-    auto look_at = [&](int index) {
-        format = work.format_at(index, until);
-        begin = bytes_of(share.begin, format), end = bytes_of(share.end, format);
-    };
-    if (first < tiles) look_at(first);
-    int next = first, next_at = 0, next_end = 0;
-    bool working = share.begin < share.end;
-    auto begin_next = [&] {
-        next_at = bytes_of(share.begin, work.tile.format), next_end = bytes_of(share.end, work.tile.format);
-    };
-    if (working && next < tiles) work.point(next), begin_next();
-    auto fetch_next = [&](int slot) {
-        if (working && next < tiles) {
-            fetch(slots[slot], work.tile, next_at, next_end);
-            next_at += PASS;
-            if (next_at >= next_end) {
-                next += grid;
-                if (next < tiles) work.advance(next), begin_next();
+    DEVICE void open() {
+        if (next < tiles) tile = work.template tile<FORMAT>(next), at = begin, stop = min(begin + size, end);
+    }
+    DEVICE void put(int slot) {
+        if (next < tiles) {
+            fetch<FORMAT>(slots[slot], tile, at, stop);
+            at += PASS;
+            if (at >= stop) {
+                at = stop, stop = min(stop + size, end);
+                if (at >= end) next += step, open();
             }
         }
         copy_commit();
-    };
-    for (int slot = 0; slot < in.depth; slot++) fetch_next(slot);
-    if (Work::EARLY) {
-        wait_for_previous();
-        launch_next();
     }
-    work.ask(prepared);
+};
 
-    int columns[SETS], slot = 0;
-    float unscale[SETS];
+// Multiplies the block's tiles. A Work also has
+//   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
+//   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
+// prepared: the warp's first tile's. exchange: [WARPS, 2 SETS, 32] floats. Needs all shares staged, and a barrier
+// between, unless a tile is shared by all warps.
+template <int SETS, int FORMAT, typename Work>
+DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<FORMAT, Work>& stream, const Work& work,
+                           typename Work::Prepared prepared, const uint8_t* vectors, const Staged& staged, float* exchange) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, columns[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
         int row = s * SET_ROWS + (lane >> 3);
         columns[s] = (2 * (row < in.rows ? row : 0) + (lane >> 2 & 1)) * vector_bytes(in.k);
     }
-    Sums<SETS> sums;
-    for (; first < tiles; first += in.groups * grid) {
-        for (int i = 0; i < in.groups; i++) {
-            int index = first + i * grid;
-            if (index >= tiles) break;
-            if (index >= until) look_at(index);
-            if (format != staged_format) {
-                stage(vectors, staged, in, norm_weight, share, format);
-                staged_format = format;
-#pragma unroll
-                for (int s = 0; s < SETS; s++) unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], format);
-            }
+    int slot = 0;
+#pragma unroll 1
+    for (int index = plan.first();; index += plan.step()) {
+        bool valid = index < plan.tiles && warp < plan.active;
+        float value[2 * SETS] = {}, level[3][2 * SETS];
+        int begin = stream.begin;
+#pragma unroll 1
+        for (int share = 0; valid && share < plan.shares(); share++) {
+            int end = min(begin + stream.size, stream.end);
+            Sums<SETS> sums;
             sums.clear();
+#pragma unroll 1
             for (int at = begin; at < end; at += PASS) {
-                wait_for_pass(in.depth);
-                multiply(sums, slots[slot], format, at, begin, end, vectors, columns);
+                wait_for_pass(stream.depth);
+                multiply<SETS, FORMAT>(sums, stream.slots[slot], at, begin, end, vectors, columns);
                 __syncwarp();
-                fetch_next(slot);
-                slot = slot + 1 == in.depth ? 0 : slot + 1;
+                stream.put(slot);
+                slot = slot + 1 == stream.depth ? 0 : slot + 1;
             }
+            begin = end;
 #pragma unroll
-            for (int s = 0; s < SETS; s++) {
-                partial.put(i, s * SET_ROWS + t, lane >> 2, sums.total(s, 0) * unscale[s]);
-                partial.put(i, s * SET_ROWS + t, (lane >> 2) + 8, sums.total(s, 1) * unscale[s]);
+            for (int i = 0; i < 2 * SETS; i++) {
+                float unscale = unscale_of<FORMAT>(staged.largest[plan.first_share() + share][i / 2 * SET_ROWS + t]);
+                value[i] = sums.total(i / 2, i % 2) * unscale;
+                if (share & 1) value[i] = level[0][i] + value[i];
+                if ((share & 3) == 3) value[i] = level[1][i] + value[i];
+                if ((share & 7) == 7) value[i] = level[2][i] + value[i];
+                if (!(share & 1)) level[0][i] = value[i];
+                else if (!(share & 2)) level[1][i] = value[i];
+                else if (!(share & 4)) level[2][i] = value[i];
             }
         }
-        __syncthreads();
-        if (warp < in.groups && first + warp * grid < tiles) work.finish(prepared, staged, partial, warp);
-        work.turned(first == (int)blockIdx.x, staged);
-        if (first + in.groups * grid < tiles) {
-            __syncthreads();  // the sums have been read
-            first += in.groups * grid;
-            prepared = prepare();
-            work.ask(prepared);
-            first -= in.groups * grid;
+        if (plan.ways > 1) {  // then there is one turn
+#pragma unroll
+            for (int i = 0; i < 2 * SETS; i++) exchange[(warp * 2 * SETS + i) * 32 + lane] = value[i];
+            __syncthreads();
+            valid = valid && warp % plan.ways == 0;
+#pragma unroll
+            for (int i = 0; i < 2 * SETS; i++) {
+                float v[WARPS];
+#pragma unroll
+                for (int w = 0; w < WARPS; w++)
+                    v[w] = w < plan.ways && valid ? exchange[((warp + w) * 2 * SETS + i) * 32 + lane] : 0.f;
+                value[i] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+            }
         }
+        if (valid) work.finish(prepared, staged, value);
+        if (index + plan.step() >= plan.tiles) break;
+        prepared = work.prepare(index + plan.step());
+        work.ask(prepared);
     }
 }

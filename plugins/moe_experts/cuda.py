@@ -6,7 +6,7 @@ from ctypes import Structure, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
-from plugins.linear.cuda import MAX_EXPERTS, SET_ROWS, SLOT, TILE, WARPS, Input, Segment, fitting_depth, row_bytes
+from plugins.linear.cuda import BUDGET, MAX_EXPERTS, SET_ROWS, SLOT, TILE, WARPS, Input, Segment, blocks_for, row_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS = 12
@@ -58,7 +58,7 @@ class ExpertsDecode:
     def up(self, arguments: UpArguments, stream: int) -> None:
         given = arguments.input
         most = min(int(given.rows) * self.top_k, self.num_experts) * -(-arguments.inner // 8)
-        blocks, shared = given.plan(most, self.multiprocessors, self.shared_limit)
+        blocks, shared = blocks_for(most, self.multiprocessors), given.fit(self.shared_limit)
         kernel = self.module.kernel("experts_up_4" if given.rows <= SET_ROWS else "experts_up_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)
 
@@ -66,7 +66,8 @@ class ExpertsDecode:
         rows = int(arguments.rows)
         staged = self.staged_bytes(rows, int(arguments.inner), int(arguments.shared_inner))
         most = 2 if rows * self.top_k < DOWN_WARPS else 4
-        arguments.depth = fitting_depth(staged, DOWN_WARPS, most, self.shared_limit)
+        depth = min(max((BUDGET - staged) // PASS_BYTES, 2), most)  # within BUDGET, or two, or what there is room for
+        arguments.depth = min(depth, (self.shared_limit - staged) // PASS_BYTES)
         kernel = self.module.kernel("experts_down_4" if rows <= SET_ROWS else "experts_down_8")
         shared = staged + DOWN_WARPS * int(arguments.depth) * SLOT
         kernel.launch((-(-arguments.hidden // TILE), 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=shared)

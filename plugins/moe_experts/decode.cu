@@ -18,68 +18,88 @@ struct UpArguments {
 };
 
 struct PreparedAct {
-    int item, first;  // or -1
-    float factor, factor_up;
+    int item, first;
+    float scale_2, scale_2_up;
 };
 
+template <int SETS, int FORMAT>
 struct UpWork {
-    static constexpr bool EARLY = false;
+    using Prepared = PreparedAct;
     const UpArguments& a;
-    Chosen& chosen;
-    Tile tile;
-    int item, from;  // of `tile`; the item's first tile
+    const Chosen& chosen;
 
-    DEVICE void choose() { choose_experts(chosen, a.router_logits, a.input.rows, false); }
     DEVICE int tiles_of_item() const { return (a.inner + 7) >> 3; }
-    DEVICE int tiles() const { return chosen.count * tiles_of_item(); }
-    DEVICE int format_at(int, int& until) const {
-        until = 0x7fffffff;
-        return a.format;
-    }
-    DEVICE void point(int index) {
-        item = from = 0;
-        advance(index);
-    }
-    DEVICE void advance(int index) {
-        int k = a.input.k, tiles = tiles_of_item();
-        while (index - from >= tiles) item++, from += tiles;
+    template <int>
+    DEVICE Tile tile(int index) const {
+        int k = a.input.k, item = index / tiles_of_item(), bytes = bytes_of(k, FORMAT), scales = k / 16;
         int64_t gate = (int64_t)chosen.expert[item] * 2 * a.inner, up = gate + a.inner;
-        int bytes = bytes_of(k, a.format), scales = k / 16;
-        tile = make_tile(a.weight + gate * bytes, a.scale + gate * scales, a.weight + up * bytes, a.scale + up * scales,
-                         (index - from) * 8, a.inner, k, a.format);
+        return make_tile<FORMAT>(a.weight + gate * bytes, a.scale + gate * scales, a.weight + up * bytes,
+                                 a.scale + up * scales, (index - item * tiles_of_item()) * 8, a.inner, k);
     }
-    DEVICE PreparedAct prepare(int index) const {
-        int tiles = tiles_of_item();
-        PreparedAct p = {0, 0, 0.f, 0.f};
-        while (index >= tiles && p.item < chosen.count) p.item++, index -= tiles;
-        if (p.item == chosen.count) return p;
-        const float* scale_2 = a.scale_2 + 2 * chosen.expert[p.item];
-        p.first = index * 8;
-        p.factor = factor_of(a.format, scale_2), p.factor_up = factor_of(a.format, scale_2 + 1);
+    DEVICE Prepared prepare(int index) const {
+        int item = index / tiles_of_item();
+        Prepared p = {item, (index - item * tiles_of_item()) * 8, 0.f, 0.f};
+        const float* scale_2 = a.scale_2 + 2 * chosen.expert[item];
+        if (FORMAT == NVFP4) p.scale_2 = scale_2[0], p.scale_2_up = scale_2[1];
         return p;
     }
-    DEVICE void ask(PreparedAct&) const {}
-    DEVICE void finish(const PreparedAct& p, const Staged& staged, const Partial& partial, int place) const {
-        int lane = threadIdx.x & 31, j = lane & 7;
-        for (int row = lane >> 3; row < a.input.rows && p.first + j < a.inner; row += 4) {
+    DEVICE void ask(Prepared&) const {}
+    DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
+        int n = p.first + ((threadIdx.x & 31) >> 2);
+#pragma unroll
+        for (int set = 0; set < SETS; set++) {
+            int row = set * SET_ROWS + (threadIdx.x & 3);
+            if (row >= a.input.rows) break;
             int slot = chosen.slot[p.item][row];
-            if (slot < 0) continue;
+            if (slot < 0 || n >= a.inner) continue;
             float rms = rms_factor(staged, a.input, row);
-            float gate = partial.get(place, row, j) * (rms * p.factor);
-            float up = partial.get(place, row, j + 8) * (rms * p.factor_up);
-            a.act[(int64_t)(row * TOP_K + slot) * a.inner + p.first + j] = silu(gate) * up;
+            float gate = value[2 * set] * (rms * factor_of<FORMAT>(p.scale_2));
+            float up = value[2 * set + 1] * (rms * factor_of<FORMAT>(p.scale_2_up));
+            a.act[(int64_t)(row * TOP_K + slot) * a.inner + n] = silu(gate) * up;
         }
     }
-    DEVICE void turned(bool, const Staged&) const {}
 };
+
+// Starts the next kernel only after the wait: experts_down reads the router's logits before its own.
+template <int SETS, int FORMAT, int PIECES>
+DEVICE void up_rows(const UpArguments& a, uint4* memory, Staged& staged, Chosen& chosen, float* exchange) {
+    const Input& in = a.input;
+    const UpWork<SETS, FORMAT> work = {a, chosen};
+    uint8_t* vectors = (uint8_t*)((Slot*)memory + in.slots);
+    int warp = threadIdx.x >> 5;
+    Share share = share_of(in.k, warp);
+    NormWeight<PIECES> weight;
+    weight.load(in, share.begin, share.end);
+    wait_for_previous();
+    launch_next();
+    Keys keys;
+    if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
+    choose_experts(chosen, keys, in.rows, false);
+    Rows<PIECES> rows;
+    rows.load(in, 0, share.begin, share.end);
+    Plan plan = Plan::of(chosen.count * work.tiles_of_item(), blockIdx.x, gridDim.x);
+    Stream<FORMAT, UpWork<SETS, FORMAT>> stream(work, in, plan, memory);
+    PreparedAct prepared = {};
+    if (plan.first() < plan.tiles) prepared = work.prepare(plan.first());
+    stage_all<SETS, FORMAT, PIECES>(vectors, staged, in, weight, rows);
+    if (plan.ways < WARPS) __syncthreads();
+    else __syncwarp();
+    multiply_tiles<SETS, FORMAT>(in, plan, stream, work, prepared, vectors, staged, exchange);
+}
 
 template <int SETS>
 DEVICE void up_rows(const UpArguments& a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
     __shared__ Chosen chosen;
-    UpWork work = {a, chosen};
-    go_through_tiles<SETS>(a.input, shared_memory, staged, work);
+    __shared__ float exchange[WARPS * 2 * SETS * 32];
+    bool one = share_size(a.input.k) <= PIECE;
+    auto run = [&](auto format) {
+        if (one) up_rows<SETS, decltype(format)::VALUE, 1>(a, shared_memory, staged, chosen, exchange);
+        else up_rows<SETS, decltype(format)::VALUE, 2>(a, shared_memory, staged, chosen, exchange);
+    };
+    if (a.format == NVFP4) run(Constant<NVFP4>());
+    else run(Constant<BF16>());
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_8(const __grid_constant__ UpArguments a) { up_rows<2>(a); }
@@ -103,27 +123,20 @@ struct DownArguments {
 };
 
 constexpr int DOWN_WARPS = 12;
+constexpr int AT_ONCE = 3;  // vectors that a warp stages together
 
-// A warp stages a row of activations; returns what to multiply its products with.
-DEVICE float stage_row(uint8_t* vectors, const float* x, int k, int format) {
+template <int FORMAT>
+DEVICE float split_vector(uint8_t* vector, int k, uint32_t largest) {
     int lane = threadIdx.x & 31, stride = vector_bytes(k);
-    uint32_t largest = 0;
-    for (int from = lane * 8; from < k; from += 2 * PIECE) {
-        float v[2][8] = {};
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (from + i * PIECE < k) load_eight(v[i], x + from + i * PIECE);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (from + i * PIECE < k) put_raw(vectors + chunk_place((from + i * PIECE) / 8), stride, v[i]);
-#pragma unroll
-            for (int j = 0; j < 8; j++) largest = max(largest, magnitude_bits(v[i][j]));
-        }
-    }
     largest = __reduce_max_sync(ALL_LANES, largest);
-    float scale = scale_of(largest, format);
-    for (int at = lane * 8; at < k; at += PIECE) split_raw(vectors + chunk_place(at / 8), stride, scale, format);
-    return unscale_of(largest, format);
+    float scale = scale_of<FORMAT>(largest);
+    for (int at = lane * 8; at < k; at += PIECE) {
+        uint8_t* place = vector + chunk_place(at / 8);
+        float4 a = *(float4*)place, b = *(float4*)(place + stride);
+        float value[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        put_split<FORMAT>(place, stride, value, scale);
+    }
+    return unscale_of<FORMAT>(largest);
 }
 
 // One block per 16 rows of the down projections; its warps take an expert each. Item 0 is the shared expert.
@@ -132,95 +145,136 @@ DEVICE void down_rows(const DownArguments& a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Chosen chosen;
     __shared__ float parts[MAX_ROWS * (TOP_K + 1)][TILE];  // [pair, tile row]; a pair: a row's place, or its shared expert
+    __shared__ float unscale[MAX_ROWS * (TOP_K + 1)];
+    launch_next();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, first = blockIdx.x * TILE;
     int pairs = a.rows * TOP_K, stride = 2 * vector_bytes(a.inner), shared_stride = 2 * vector_bytes(a.shared_inner);
     Slot* slots = (Slot*)shared_memory + warp * a.depth;
     uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + DOWN_WARPS * a.depth);
-    auto vectors_of = [&](int pair) { return pair < pairs ? pair * stride : pairs * stride + (pair - pairs) * shared_stride; };
+    auto vector_of = [&](int pair) { return pair < pairs ? pair * stride : pairs * stride + (pair - pairs) * shared_stride; };
     auto pair_of = [&](int item, int row) {  // or -1
         if (row >= a.rows) return -1;
         int slot = item ? chosen.slot[item - 1][row] : 0;
         return slot < 0 ? -1 : item ? row * TOP_K + slot : pairs + row;
     };
 
-    choose_experts(chosen, a.router_logits, a.rows, true);  // two kernels old, see common.cuh
+    Keys keys;
+    if (warp < a.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);  // before experts_up, see common.cuh
+    choose_experts(chosen, keys, a.rows, true);
     int items = 1 + chosen.count;
-    auto find = [&](int item) {
-        if (!item) {
-            const Segment& s = a.shared;
-            return make_tile(s.weight, s.scale, 0, 0, first, a.hidden, a.shared_inner, s.format);
-        }
-        int64_t row = (int64_t)chosen.expert[item - 1] * a.hidden;
-        return make_tile(a.weight + row * bytes_of(a.inner, a.format), a.scale + row * (a.inner / 16), 0, 0, first,
-                         a.hidden, a.inner, a.format);
-    };
+    auto format_of = [&](int item) { return item ? a.format : a.shared.format; };
     auto end_of = [&](int item) { return item ? bytes_of(a.inner, a.format) : bytes_of(a.shared_inner, a.shared.format); };
-    int next_item = warp, next_at = 0, next_end = 0;
+    auto find = [&](int item) {
+        const uint8_t *weight = a.shared.weight, *scale = a.shared.scale;
+        int k = item ? a.inner : a.shared_inner, format = format_of(item);
+        if (item) {
+            int64_t row = (int64_t)chosen.expert[item - 1] * a.hidden;
+            weight = a.weight + row * bytes_of(k, format), scale = a.scale + row * (k / 16);
+        }
+        return format == NVFP4  ? make_tile<NVFP4>(weight, scale, nullptr, nullptr, first, a.hidden, k)
+               : format == FP8 ? make_tile<FP8>(weight, scale, nullptr, nullptr, first, a.hidden, k)
+                               : make_tile<BF16>(weight, scale, nullptr, nullptr, first, a.hidden, k);
+    };
+    int next_item = warp, next_at = 0, next_end = 0, next_format = BF16;
     Tile next;
-    if (next_item < items) next = find(next_item), next_end = end_of(next_item);
+    auto open = [&] {
+        if (next_item < items) next = find(next_item), next_end = end_of(next_item), next_format = format_of(next_item);
+        next_at = 0;
+    };
+    open();
     auto fetch_next = [&](int slot) {
         if (next_item < items) {
-            fetch(slots[slot], next, next_at, next_end);
+            if (next_format == NVFP4) fetch<NVFP4>(slots[slot], next, next_at, next_end);
+            else fetch<BF16>(slots[slot], next, next_at, next_end);
             next_at += PASS;
-            if (next_at >= next_end) {
-                next_item += DOWN_WARPS, next_at = 0;
-                if (next_item < items) next = find(next_item), next_end = end_of(next_item);
-            }
+            if (next_at >= next_end) next_item += DOWN_WARPS, open();
         }
         copy_commit();
     };
     for (int slot = 0; slot < a.depth; slot++) fetch_next(slot);
-    float factor = 1.f;
-    auto find_factor = [&](int item) {
-        if (item < items)
-            factor = item ? factor_of(a.format, a.scale_2 + chosen.expert[item - 1]) : factor_of(a.shared.format, a.shared.scale_2);
+    auto scale_2_of = [&](int item) {
+        if (item >= items || format_of(item) == BF16) return 1.f;
+        return item ? a.scale_2[chosen.expert[item - 1]] : *a.shared.scale_2;
     };
-    find_factor(warp);
+    float scale_2 = scale_2_of(warp);
     wait_for_previous();
-    launch_next();
+
     int tile_row = threadIdx.x % TILE, row = threadIdx.x / TILE, n = first + tile_row;
     bool finishing = row < a.rows && n < a.hidden;
     float gate = 0.f, residual = 0.f;
     if (finishing) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
+    for (int from = warp; from < pairs + a.rows; from += AT_ONCE * DOWN_WARPS) {  // stage what the rows' experts made
+        uint32_t largest[AT_ONCE] = {};
+        for (int at = lane * 8; at < max(a.inner, a.shared_inner); at += 2 * PIECE) {
+            float v[AT_ONCE][2][8] = {};
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                int pair = from + i * DOWN_WARPS, k = pair < pairs ? a.inner : a.shared_inner;
+                const float* x = pair < pairs ? a.act + (int64_t)pair * k : a.shared_act + (int64_t)(pair - pairs) * k;
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    if (pair < pairs + a.rows && at + h * PIECE < k) load_eight(v[i][h], x + at + h * PIECE);
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                int pair = from + i * DOWN_WARPS, k = pair < pairs ? a.inner : a.shared_inner;
+                if (pair >= pairs + a.rows) break;
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    uint8_t* place = vectors + vector_of(pair) + chunk_place((at + h * PIECE) / 8);
+                    if (at + h * PIECE >= k) continue;
+                    *(float4*)place = make_float4(v[i][h][0], v[i][h][1], v[i][h][2], v[i][h][3]);
+                    *(float4*)(place + vector_bytes(k)) = make_float4(v[i][h][4], v[i][h][5], v[i][h][6], v[i][h][7]);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) largest[i] = max(largest[i], magnitude_bits(v[i][h][j]));
+                }
+            }
+        }
+#pragma unroll 1
+        for (int i = 0; i < AT_ONCE; i++) {
+            int pair = from + i * DOWN_WARPS, k = pair < pairs ? a.inner : a.shared_inner;
+            int format = pair < pairs ? a.format : a.shared.format;
+            if (pair >= pairs + a.rows) break;
+            uint32_t own = i == 0 ? largest[0] : i == 1 ? largest[1] : largest[2];
+            uint8_t* vector = vectors + vector_of(pair);
+            float u = format == NVFP4  ? split_vector<NVFP4>(vector, k, own)
+                      : format == FP8 ? split_vector<FP8>(vector, k, own)
+                                      : split_vector<BF16>(vector, k, own);
+            if (lane == 0) unscale[pair] = u;
+        }
+    }
+    __syncthreads();
 
     Sums<SETS> sums;
     int slot = 0;
     for (int item = warp; item < items; item += DOWN_WARPS) {
-        float unscale[SETS] = {};
-        int any = -1, format = item ? a.format : a.shared.format, columns[SETS];
-        for (int r = 0; r < a.rows; r++) {
-            int pair = pair_of(item, r);
-            if (pair < 0) continue;
-            const float* x = item ? a.act + (int64_t)pair * a.inner : a.shared_act + r * a.shared_inner;
-            float u = stage_row(vectors + vectors_of(pair), x, item ? a.inner : a.shared_inner, format);
-            any = pair;
-#pragma unroll
-            for (int s = 0; s < SETS; s++)
-                if (r == s * SET_ROWS + t) unscale[s] = u;
-        }
-        __syncwarp();
+        int any = -1, format = format_of(item), end = end_of(item), columns[SETS];
+        for (int r = 0; r < a.rows; r++) any = max(any, pair_of(item, r));
 #pragma unroll
         for (int s = 0; s < SETS; s++) {
             int pair = pair_of(item, s * SET_ROWS + (g >> 1));
-            columns[s] = vectors_of(pair < 0 ? any : pair) + (g & 1) * (item ? stride : shared_stride) / 2;
+            columns[s] = vector_of(pair < 0 ? any : pair) + (g & 1) * (item ? stride : shared_stride) / 2;
         }
         sums.clear();
-        int end = end_of(item);
+#pragma unroll 1
         for (int at = 0; at < end; at += PASS) {
             wait_for_pass(a.depth);
-            multiply(sums, slots[slot], format, at, 0, end, vectors, columns);
+            if (format == NVFP4) multiply<SETS, NVFP4>(sums, slots[slot], at, 0, end, vectors, columns);
+            else if (format == FP8) multiply<SETS, FP8>(sums, slots[slot], at, 0, end, vectors, columns);
+            else multiply<SETS, BF16>(sums, slots[slot], at, 0, end, vectors, columns);
             __syncwarp();
             fetch_next(slot);
             slot = slot + 1 == a.depth ? 0 : slot + 1;
         }
+        float factor = format == NVFP4 ? factor_of<NVFP4>(scale_2) : scale_2;
 #pragma unroll
         for (int s = 0; s < SETS; s++) {
             int pair = pair_of(item, s * SET_ROWS + t);
             if (pair < 0) continue;
-            parts[pair][g] = sums.total(s, 0) * (unscale[s] * factor);
-            parts[pair][g + 8] = sums.total(s, 1) * (unscale[s] * factor);
+            parts[pair][g] = sums.total(s, 0) * (unscale[pair] * factor);
+            parts[pair][g + 8] = sums.total(s, 1) * (unscale[pair] * factor);
         }
-        find_factor(item + DOWN_WARPS);
+        scale_2 = scale_2_of(item + DOWN_WARPS);
     }
     __syncthreads();
     if (!finishing) return;

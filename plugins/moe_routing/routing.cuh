@@ -68,15 +68,25 @@ DEVICE void pick_among_equals(uint32_t (&keys)[KEYS], int* ids, uint32_t (&best)
     }
 }
 
-// One warp: the ids of the TOP_K largest logits of a row, largest first, the lower id first among equals; their softmax.
-DEVICE void pick_experts(const float* logits, int* ids, float* weights) {
-    int lane = threadIdx.x & 31;
-    uint32_t keys[KEYS], sorted[KEYS], best[TOP_K];
+// A lane's logits of a row as keys of the same order; 0 is below every number.
+struct Keys {
+    uint32_t key[KEYS];
+    DEVICE void load(const float* logits) {
 #pragma unroll
-    for (int i = 0; i < KEYS; i++) {
-        int expert = i * 32 + lane;
-        sorted[i] = keys[i] = expert < NUM_EXPERTS ? ordered(__ldcg(logits + expert)) : 0;  // 0 is below every number
+        for (int i = 0; i < KEYS; i++) {
+            int expert = i * 32 + (threadIdx.x & 31);
+            key[i] = expert < NUM_EXPERTS ? ordered(__ldcg(logits + expert)) : 0;
+        }
     }
+};
+
+// One warp: the ids of the TOP_K largest logits of a row, largest first, the lower id first among equals; their softmax.
+DEVICE void pick_experts(Keys& keys, int* ids, float* weights) {
+    int lane = threadIdx.x & 31;
+    uint32_t(&key)[KEYS] = keys.key;
+    uint32_t sorted[KEYS], best[TOP_K];
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) sorted[i] = key[i];
     sort_keys(sorted);
     bool distinct = true;
 #pragma unroll
@@ -90,18 +100,18 @@ DEVICE void pick_experts(const float* logits, int* ids, float* weights) {
     }
     uint32_t count = 0;
 #pragma unroll
-    for (int i = 0; i < KEYS; i++) count += keys[i] >= best[TOP_K - 1];
+    for (int i = 0; i < KEYS; i++) count += key[i] >= best[TOP_K - 1];
     if (distinct && __reduce_add_sync(ALL_LANES, count) == TOP_K) {
 #pragma unroll
         for (int i = 0; i < KEYS; i++) {
-            if (keys[i] < best[TOP_K - 1]) continue;
+            if (key[i] < best[TOP_K - 1]) continue;
             int place = 0;
 #pragma unroll
-            for (int j = 0; j < TOP_K; j++) place += best[j] > keys[i];
+            for (int j = 0; j < TOP_K; j++) place += best[j] > key[i];
             ids[place] = i * 32 + lane;
         }
     } else {  // equals were taken together
-        pick_among_equals(keys, ids, best);
+        pick_among_equals(key, ids, best);
     }
     if (!weights) return;
     float weight[TOP_K], total = 0.f;
@@ -115,26 +125,45 @@ DEVICE void pick_experts(const float* logits, int* ids, float* weights) {
         if (lane == j) weights[j] = weight[j] / total;
 }
 
-// Called by all threads of a block of at least ROUTED_ROWS warps. logits: the router's, [T, NUM_EXPERTS].
-DEVICE void choose_experts(Chosen& chosen, const float* logits, int rows, bool weights) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    if (warp == 0)
-        for (int i = lane; i < MAX_ITEMS * ROUTED_ROWS / 4; i += 32) ((uint32_t*)chosen.slot)[i] = 0xffffffffu;
-    if (warp < rows) {
-        pick_experts(logits + warp * NUM_EXPERTS, chosen.ids + warp * TOP_K, weights ? chosen.weight[warp] : 0);
+// One warp: for two pairs a lane, 32 apart, the earliest pair with the same expert.
+DEVICE void find_earliest(const int* ids, int pairs, int (&earliest)[2]) {
+    int lane = threadIdx.x & 31, id[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) earliest[h] = h * 32 + lane, id[h] = earliest[h] < pairs ? ids[earliest[h]] : -1;
+#pragma unroll
+    for (int h = 1; h >= 0; h--) {
+        if (h * 32 >= pairs) continue;
+#pragma unroll 8
+        for (int i = 31; i >= 0; i--) {
+            int other = __shfl_sync(ALL_LANES, id[h], i);
+            if (other == id[0] && h * 32 + i < earliest[0]) earliest[0] = h * 32 + i;
+            if (other == id[1] && h * 32 + i < earliest[1]) earliest[1] = h * 32 + i;
+        }
     }
-    if (rows > 1) __syncthreads();
+}
+
+// Called by all threads of a block of at least ROUTED_ROWS warps. keys: of row `warp`, in the warps below `rows`.
+DEVICE void choose_experts(Chosen& chosen, Keys& keys, int rows, bool weights) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (warp < rows) pick_experts(keys, chosen.ids + warp * TOP_K, weights ? chosen.weight[warp] : nullptr);
+    if (rows == 1) {
+        if (warp == 0) {
+            __syncwarp();
+            if (lane < TOP_K) chosen.expert[lane] = chosen.ids[lane], chosen.slot[lane][0] = lane;
+            if (lane == 0) chosen.count = TOP_K;
+        }
+        __syncthreads();
+        return;
+    }
+    for (int i = threadIdx.x; i < MAX_ITEMS * ROUTED_ROWS / 4; i += blockDim.x) ((uint32_t*)chosen.slot)[i] = 0xffffffffu;
+    __syncthreads();
     if (warp == 0) {
-        __syncwarp();
-        int pairs = rows * TOP_K, earliest[2];  // the earliest pair with the same expert as pair lane (+ 32)
+        int pairs = rows * TOP_K, earliest[2];
+        find_earliest(chosen.ids, pairs, earliest);
         uint32_t firsts[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int pair = h * 32 + lane;
-            earliest[h] = pair;
-            if (rows > 1 && pair < pairs)
-                for (int i = pair - 1; i >= 0; i--) earliest[h] = chosen.ids[i] == chosen.ids[pair] ? i : earliest[h];
-            __syncwarp();
             firsts[h] = __ballot_sync(ALL_LANES, pair < pairs && earliest[h] == pair);
         }
 #pragma unroll
