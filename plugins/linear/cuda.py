@@ -131,9 +131,7 @@ def parts_of(segments: Sequence[Segment], multiprocessors: int) -> list[Part]:
         return -(-part.tiles // part.blocks) * (4, 2, 1)[part.format]
 
     for _ in range(len(parts), blocks_for(sum(part.tiles for part in parts), multiprocessors)):
-        most = max(parts, key=bytes_of_block)
-        if most.blocks < most.tiles:
-            most.blocks += 1
+        max((part for part in parts if part.blocks < part.tiles), key=bytes_of_block).blocks += 1
     for part, following in zip(parts, parts[1:], strict=False):
         following.first_block = part.first_block + part.blocks
     return parts

@@ -48,11 +48,10 @@ struct LinearWork {
         while (i + 1 < part.end_segment && index >= tiles_of(a.segments.segment[i])) index -= tiles_of(a.segments.segment[i++]);
         return i;
     }
-    template <int FORMAT>
     DEVICE Tile tile(int index) const {
         const Segment& s = a.segments.segment[segment_of(index)];
         bool pair = s.epilogue == SWIGLU;
-        return make_tile<FORMAT>(s.weight, s.scale, pair ? s.weight_up : nullptr, s.scale_up, index * tile_rows(s), s.n, a.input.k);
+        return make_tile(s.weight, s.scale, pair ? s.weight_up : nullptr, s.scale_up, index * tile_rows(s), s.n, a.input.k, s.format);
     }
     DEVICE Prepared prepare(int index) const {
         Prepared p = {};
@@ -79,8 +78,7 @@ struct LinearWork {
     DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
         const Segment& s = a.segments.segment[p.segment];
         int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-        float factor = part.format == NVFP4 ? factor_of<NVFP4>(p.scale_2) : part.format == FP8 ? p.scale_2 : 1.f;
-        float factor_up = part.format == NVFP4 ? factor_of<NVFP4>(p.scale_2_up) : part.format == FP8 ? p.scale_2_up : 1.f;
+        float factor = factor_of(p.scale_2, part.format), factor_up = factor_of(p.scale_2_up, part.format);
 #pragma unroll
         for (int set = 0; set < SETS; set++) {
             int row = set * SET_ROWS + t, n = p.first + g;
@@ -97,30 +95,6 @@ struct LinearWork {
     }
 };
 
-template <int SETS, int FORMAT, int PIECES>
-DEVICE void linear_part(const LinearArguments& a, const Part& part, uint4* memory, Staged& staged, float* exchange) {
-    const Input& in = a.input;
-    const LinearWork<SETS> work = {a, part};
-    uint8_t* vectors = (uint8_t*)((Slot*)memory + in.slots);
-    Plan plan = Plan::of(part.tiles, blockIdx.x - part.first_block, part.blocks);
-    Stream<FORMAT, LinearWork<SETS>> stream(work, in, plan, memory);
-    Share share = share_of(in.k, threadIdx.x >> 5);
-    NormWeight<PIECES> weight;
-    weight.load(in, share.begin, share.end);
-    typename LinearWork<SETS>::Prepared prepared = {};
-    bool first = plan.first() < plan.tiles;
-    if (first) prepared = work.prepare(plan.first());
-    wait_for_previous();
-    if (in.late) launch_next();
-    Rows<PIECES> rows;
-    rows.load(in, 0, share.begin, share.end);
-    if (first) work.ask(prepared);
-    stage_all<SETS, FORMAT, PIECES>(vectors, staged, in, weight, rows);
-    if (plan.ways < WARPS) __syncthreads();
-    else __syncwarp();
-    multiply_tiles<SETS, FORMAT>(in, plan, stream, work, prepared, vectors, staged, exchange);
-}
-
 template <int SETS>
 DEVICE void linear_rows(const LinearArguments& a) {
     extern __shared__ uint4 shared_memory[];
@@ -129,16 +103,25 @@ DEVICE void linear_rows(const LinearArguments& a) {
     const Input& in = a.input;
     if (!in.late) launch_next();
     int i = 0;
+#pragma unroll 1
     while (blockIdx.x >= a.parts[i].first_block + a.parts[i].blocks) i++;
     const Part& part = a.parts[i];
-    bool one = share_size(in.k) <= PIECE;
-    auto run = [&](auto format) {
-        if (one) linear_part<SETS, decltype(format)::VALUE, 1>(a, part, shared_memory, staged, exchange);
-        else linear_part<SETS, decltype(format)::VALUE, 2>(a, part, shared_memory, staged, exchange);
-    };
-    if (part.format == NVFP4) run(Constant<NVFP4>());
-    else if (part.format == FP8) run(Constant<FP8>());
-    else run(Constant<BF16>());
+    const LinearWork<SETS> work = {a, part};
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
+    Plan plan = Plan::of(part.tiles, blockIdx.x - part.first_block, part.blocks);
+    Stream<LinearWork<SETS>> stream(work, in, plan, part.format, shared_memory);
+    NormWeight weight;
+    weight.load(in, share_of(in.k, threadIdx.x >> 5));
+    typename LinearWork<SETS>::Prepared prepared = {};
+    bool first = plan.first() < plan.tiles;
+    if (first) prepared = work.prepare(plan.first());
+    wait_for_previous();
+    if (in.late) launch_next();
+    if (first) work.ask(prepared);
+    stage(vectors, staged, in, weight, part.format);
+    if (plan.ways < WARPS) __syncthreads();
+    else __syncwarp();
+    multiply_tiles<SETS>(in, plan, stream, work, prepared, vectors, staged, exchange);
     if (!a.normed || blockIdx.x) return;
     for (int row = 0; row < in.rows; row++) {
         float rms = rms_factor(staged, in, row);

@@ -6,11 +6,6 @@
 enum Format : int { BF16 = 0, FP8 = 1, NVFP4 = 2 };      // weight formats of plugins/linear
 enum Epilogue : int { STORE = 0, ADD = 1, SWIGLU = 2 };  // y = xWᵀ; y += xWᵀ; y = silu(x gateᵀ) * (x upᵀ)
 
-template <int VALUE_>
-struct Constant {
-    static constexpr int VALUE = VALUE_;
-};
-
 struct Segment {
     const uint8_t* weight;    // [N, K] in its format, row-major; SWIGLU: the gate's
     const uint8_t* weight_up; // SWIGLU only

@@ -44,157 +44,94 @@ DEVICE Share share_of(int k, int share) {
 }
 
 // ---- staging -----------------------------------------------------------------------------------------------------
-// PIECES: 1 where a share is one piece, else 2.
 
-// The weights of the norm for a lane's values.
-template <int PIECES>
-struct NormWeight {
-    float value[PIECES][8];
-    DEVICE void load(const Input& in, int from, int end) {
-        int k = from + (threadIdx.x & 31) * 8;
-#pragma unroll
-        for (int p = 0; p < PIECES; p++) {
-#pragma unroll
-            for (int j = 0; j < 8; j++) value[p][j] = 0.f;
-            if (in.norm_weight && k + p * PIECE < end) load_eight(value[p], in.norm_weight + k + p * PIECE);
-        }
-    }
-};
+DEVICE int head_at(const Input& in, int k) { return (int)__fdividef(k + 0.5f, in.head_dim); }
 
-// PIECES pieces of up to four rows.
-template <int PIECES>
-struct Rows {
-    float x[SET_ROWS][PIECES][8];
-    float factor[SET_ROWS];  // of the head that is the lane's in counting from the first one here
-
-    DEVICE static int head_at(const Input& in, int k) { return (int)__fdividef(k + 0.5f, in.head_dim); }
-
-    DEVICE void load(const Input& in, int first, int from, int end) {
-        int lane = threadIdx.x & 31;
-#pragma unroll
-        for (int r = 0; r < SET_ROWS; r++) {
-            if (first + r >= in.rows) break;
-            const float* row = in.x + (int64_t)(first + r) * in.x_stride;
-#pragma unroll
-            for (int p = 0; p < PIECES; p++) {
-                int k = from + p * PIECE + lane * 8;
-#pragma unroll
-                for (int j = 0; j < 8; j++) x[r][p][j] = 0.f;
-                if (k < end) load_eight(x[r][p], row + k);
-            }
-        }
-        if (in.head_squares) load_factors(in, first, from);
-    }
-    DEVICE void load_factors(const Input& in, int first, int from) {
-        int heads = head_at(in, in.k), head = min(head_at(in, from) + (int)(threadIdx.x & 31), heads - 1);
-        const float* squares = in.head_squares + (first * heads + head) * in.head_parts;
-        float4 parts[SET_ROWS];
-#pragma unroll
-        for (int r = 0; r < SET_ROWS; r++) {
-            if (first + r >= in.rows) break;
-            const float* own = squares + r * heads * in.head_parts;
-            parts[r] = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (in.head_parts == 4) parts[r] = __ldcg((const float4*)own);
-            else
+DEVICE float4 head_parts(const Input& in, int row, int k) {
+    const float* parts = in.head_squares + (row * head_at(in, in.k) + head_at(in, k)) * in.head_parts;
+    if (in.head_parts == 4) return __ldcg((const float4*)parts);
+    float sum = 0.f;
 #pragma unroll 1
-                for (int i = 0; i < in.head_parts; i++) parts[r].x += __ldcg(own + i);
-        }
-#pragma unroll
-        for (int r = 0; r < SET_ROWS; r++) {
-            if (first + r >= in.rows) break;
-            float sum = (parts[r].x + parts[r].y) + (parts[r].z + parts[r].w);
-            factor[r] = rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
-        }
-    }
-
-    // The norm per head, or the weights of the norm in front; that one's factor is applied to the product.
-    DEVICE void apply(const Input& in, const NormWeight<PIECES>& weight, int first, int from, float (&squares)[SET_ROWS],
-                      uint32_t (&largest)[SET_ROWS]) {
-        int lane = threadIdx.x & 31, head[PIECES] = {};
-#pragma unroll
-        for (int p = 0; p < PIECES; p++)
-            if (in.head_squares) head[p] = head_at(in, from + p * PIECE + lane * 8) - head_at(in, from);
-#pragma unroll
-        for (int r = 0; r < SET_ROWS; r++) {
-            if (first + r >= in.rows) break;
-#pragma unroll
-            for (int p = 0; p < PIECES; p++) {
-                if (in.head_squares) {
-                    float own = __shfl_sync(ALL_LANES, factor[r], head[p] & 31);
-#pragma unroll
-                    for (int j = 0; j < 8; j++) x[r][p][j] *= own;
-                } else if (in.norm_weight) {
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        squares[r] += x[r][p][j] * x[r][p][j], x[r][p][j] *= 1.f + weight.value[p][j];
-                }
-#pragma unroll
-                for (int j = 0; j < 8; j++) largest[r] = max(largest[r], magnitude_bits(x[r][p][j]));
-            }
-        }
-    }
-};
-
-// The warp's share of four rows from `first` on. rows, weight: its first pieces.
-template <int FORMAT, int PIECES>
-DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, NormWeight<PIECES>& weight, Rows<PIECES>& rows, int first) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
-    Share share = share_of(in.k, warp);
-    float squares[SET_ROWS] = {}, scale[SET_ROWS] = {};
-    uint32_t largest[SET_ROWS] = {};
-    auto put = [&](int from) {
-#pragma unroll
-        for (int r = 0; r < SET_ROWS; r++) {
-            if (first + r >= in.rows) break;
-#pragma unroll
-            for (int p = 0; p < PIECES; p++) {
-                int k = from + p * PIECE + lane * 8;
-                uint8_t* place = vectors + 2 * (first + r) * stride + chunk_place(k / 8);
-                if (k < share.end) put_split<FORMAT>(place, stride, rows.x[r][p], scale[r]);
-            }
-        }
-    };
-    auto find_scales = [&] {
-#pragma unroll
-        for (int r = 0; r < SET_ROWS; r++) {
-            if (first + r >= in.rows) break;
-            largest[r] = __reduce_max_sync(ALL_LANES, largest[r]);
-            scale[r] = scale_of<FORMAT>(largest[r]);
-            float sum = in.norm_weight ? warp_sum(squares[r]) : 0.f;
-            if (lane == 0) staged.largest[warp][first + r] = largest[r], staged.squares[first + r][warp] = sum;
-        }
-    };
-    if (PIECES == 1) {
-        rows.apply(in, weight, first, share.begin, squares, largest);
-        find_scales();
-        put(share.begin);
-        return;
-    }
-    bool once = share.end - share.begin <= PIECES * PIECE;
-#pragma unroll 1
-    for (int turn = 0; turn < 2; turn++) {  // the largest first, then the parts
-#pragma unroll 1
-        for (int from = share.begin; from < share.end; from += PIECES * PIECE) {
-            if (!once && (turn || from > share.begin)) {
-                rows.load(in, first, from, share.end);
-                weight.load(in, from, share.end);
-            }
-            if (!turn || !once) rows.apply(in, weight, first, from, squares, largest);
-            if (turn) put(from);
-        }
-        if (!turn) find_scales();
-    }
+    for (int i = 0; i < in.head_parts; i++) sum += __ldcg(parts + i);
+    return make_float4(sum, 0.f, 0.f, 0.f);
 }
 
-// All rows. loaded, weight: the first four rows' first pieces.
-template <int SETS, int FORMAT, int PIECES>
-DEVICE void stage_all(uint8_t* vectors, Staged& staged, const Input& in, NormWeight<PIECES>& weight, Rows<PIECES>& loaded) {
-    stage<FORMAT, PIECES>(vectors, staged, in, weight, loaded, 0);
-    if (SETS == 1 || in.rows <= SET_ROWS) return;
-    Share share = share_of(in.k, threadIdx.x >> 5);
-    weight.load(in, share.begin, share.end);
-    loaded.load(in, SET_ROWS, share.begin, share.end);
-    stage<FORMAT, PIECES>(vectors, staged, in, weight, loaded, SET_ROWS);
+struct NormWeight {
+    float value[8];  // of the lane's first piece
+    DEVICE void load(const Input& in, Share share) {
+        int k = share.begin + (threadIdx.x & 31) * 8;
+        if (in.norm_weight && k < share.end) load_eight(value, in.norm_weight + k);
+    }
+};
+
+// The warp's share of all rows. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
+// applied to the product.
+DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormWeight& weight, int format) {
+    constexpr int BATCH = 4;  // pieces of rows whose loads wait together
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
+    Share share = share_of(in.k, warp);
+    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, count = in.rows * pieces;
+    if (lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
+    __syncwarp();
+    int row = 0, piece = 0;
+#pragma unroll 1
+    for (int from = 0; from < count; from += BATCH) {
+        float x[BATCH][8];
+        float4 parts[BATCH];
+        int rows[BATCH], at[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            if (from + i >= count) break;
+            rows[i] = row, at[i] = share.begin + piece * PIECE + lane * 8;
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[i][j] = 0.f;
+            if (at[i] < share.end) {
+                load_eight(x[i], in.x + (int64_t)row * in.x_stride + at[i]);
+                if (in.head_squares) parts[i] = head_parts(in, row, at[i]);
+            }
+            if (++piece == pieces) piece = 0, row++;
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            if (from + i >= count) break;
+            bool inside = at[i] < share.end;
+            float squares = 0.f;
+            uint32_t largest = 0;
+            if (in.norm_weight) {
+                float other[8];
+                bool first = at[i] < share.begin + PIECE;
+                if (!first && inside) load_eight(other, in.norm_weight + at[i]);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    squares += x[i][j] * x[i][j];
+                    if (inside) x[i][j] *= 1.f + (first ? weight.value[j] : other[j]);
+                }
+                squares = warp_sum(squares);
+            }
+            if (in.head_squares && inside) {
+                float sum = (parts[i].x + parts[i].y) + (parts[i].z + parts[i].w);
+                float factor = rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
+#pragma unroll
+                for (int j = 0; j < 8; j++) x[i][j] *= factor;
+            }
+#pragma unroll
+            for (int j = 0; j < 8; j++) largest = max(largest, magnitude_bits(x[i][j]));
+            if (inside) put_raw(vectors + 2 * rows[i] * stride + chunk_place(at[i] / 8), stride, x[i]);
+            largest = __reduce_max_sync(ALL_LANES, largest);
+            if (lane == 0) {
+                staged.squares[rows[i]][warp] += squares;
+                staged.largest[warp][rows[i]] = max(staged.largest[warp][rows[i]], largest);
+            }
+        }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int r = 0; r < in.rows; r++) {
+        float scale = scale_of(staged.largest[warp][r], format);
+#pragma unroll 1
+        for (int k = share.begin + lane * 8; k < share.end; k += PIECE)
+            split_raw(vectors + 2 * r * stride + chunk_place(k / 8), stride, scale, format);
+    }
 }
 
 DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
@@ -223,22 +160,23 @@ struct Plan {
     DEVICE int first_share() const { return (threadIdx.x >> 5) % ways * shares(); }
 };
 
-// A warp's weights on their way: its shares of its tiles, in passes. A Work has tile<FORMAT>(index).
-template <int FORMAT, typename Work>
+// A warp's weights on their way: its shares of its tiles, in passes. A Work has tile(index).
+template <typename Work>
 struct Stream {
     const Work& work;
     Slot* slots;
-    int depth, tiles, step;
+    int format, depth, tiles, step;
     int begin, end, size;  // of the warp's shares, of one of them, in bytes of a weight row
     Tile tile;
     int next, at, stop;    // where to go on
 
-    DEVICE Stream(const Work& work, const Input& in, const Plan& plan, uint4* memory) : work(work) {
+    DEVICE Stream(const Work& work, const Input& in, const Plan& plan, int format, uint4* memory)
+        : work(work), format(format) {
         int warp = threadIdx.x >> 5;
         depth = min(in.slots / plan.active, MAX_DEPTH);
         slots = (Slot*)memory + warp * depth;
         tiles = plan.tiles, step = plan.step();
-        size = bytes_of(share_size(in.k), FORMAT), end = bytes_of(in.k, FORMAT);
+        size = bytes_of(share_size(in.k), format), end = bytes_of(in.k, format);
         begin = min(plan.first_share() * size, end), end = min(begin + plan.shares() * size, end);
         next = warp < plan.active && begin < end ? plan.first() : tiles;
         at = stop = 0;
@@ -247,11 +185,11 @@ struct Stream {
         for (int slot = 0; slot < depth && warp < plan.active; slot++) put(slot);
     }
     DEVICE void open() {
-        if (next < tiles) tile = work.template tile<FORMAT>(next), at = begin, stop = min(begin + size, end);
+        if (next < tiles) tile = work.tile(next), at = begin, stop = min(begin + size, end);
     }
     DEVICE void put(int slot) {
         if (next < tiles) {
-            fetch<FORMAT>(slots[slot], tile, at, stop);
+            fetch(slots[slot], tile, at, stop, format);
             at += PASS;
             if (at >= stop) {
                 at = stop, stop = min(stop + size, end);
@@ -267,8 +205,8 @@ struct Stream {
 //   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
 // prepared: the warp's first tile's. exchange: [WARPS, 2 SETS, 32] floats. Needs all shares staged, and a barrier
 // between, unless a tile is shared by all warps.
-template <int SETS, int FORMAT, typename Work>
-DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<FORMAT, Work>& stream, const Work& work,
+template <int SETS, typename Work>
+DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<Work>& stream, const Work& work,
                            typename Work::Prepared prepared, const uint8_t* vectors, const Staged& staged, float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, columns[SETS];
 #pragma unroll
@@ -290,7 +228,7 @@ DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<FORMAT, Wor
 #pragma unroll 1
             for (int at = begin; at < end; at += PASS) {
                 wait_for_pass(stream.depth);
-                multiply<SETS, FORMAT>(sums, stream.slots[slot], at, begin, end, vectors, columns);
+                multiply<SETS>(sums, stream.slots[slot], stream.format, at, begin, end, vectors, columns);
                 __syncwarp();
                 stream.put(slot);
                 slot = slot + 1 == stream.depth ? 0 : slot + 1;
@@ -298,7 +236,7 @@ DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<FORMAT, Wor
             begin = end;
 #pragma unroll
             for (int i = 0; i < 2 * SETS; i++) {
-                float unscale = unscale_of<FORMAT>(staged.largest[plan.first_share() + share][i / 2 * SET_ROWS + t]);
+                float unscale = unscale_of(staged.largest[plan.first_share() + share][i / 2 * SET_ROWS + t], stream.format);
                 value[i] = sums.total(i / 2, i % 2) * unscale;
                 if (share & 1) value[i] = level[0][i] + value[i];
                 if ((share & 3) == 3) value[i] = level[1][i] + value[i];

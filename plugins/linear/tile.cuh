@@ -26,18 +26,15 @@ DEVICE int chunk_place(int chunk) { return 16 * (chunk ^ ((chunk >> 2) & 2)); } 
 
 // Scales that keep a row's values far from float16's ends, by the bits of the largest magnitude: powers of two.
 DEVICE uint32_t scale_bits(uint32_t largest) { return (uint32_t)min(max(268 - (int)(largest >> 23), 1), 253); }
-template <int FORMAT>
-DEVICE float scale_of(uint32_t largest) {
-    return FORMAT == BF16 ? 1.f : __uint_as_float(scale_bits(largest) << 23);  // the largest comes to 2^14 .. 2^15
+DEVICE float scale_of(uint32_t largest, int format) {
+    return format == BF16 ? 1.f : __uint_as_float(scale_bits(largest) << 23);  // the largest comes to 2^14 .. 2^15
 }
-template <int FORMAT>
-DEVICE float unscale_of(uint32_t largest) {
-    return FORMAT == BF16 ? 1.f : __uint_as_float((254 - scale_bits(largest)) << 23);
+DEVICE float unscale_of(uint32_t largest, int format) {
+    return format == BF16 ? 1.f : __uint_as_float((254 - scale_bits(largest)) << 23);
 }
 
-template <int FORMAT>
-DEVICE void split_pair(uint32_t& high, uint32_t& low, float a, float b) {
-    if (FORMAT == BF16) {
+DEVICE void split_pair(uint32_t& high, uint32_t& low, float a, float b, int format) {
+    if (format == BF16) {
         high = to_bf16x2(a, b);
         low = to_bf16x2(a - bf16_low(high), b - bf16_high(high));
     } else {
@@ -46,16 +43,21 @@ DEVICE void split_pair(uint32_t& high, uint32_t& low, float a, float b) {
     }
 }
 
-// Eight values as chunks of high and, `stride` bytes on, low parts.
-template <int FORMAT>
-DEVICE void put_split(uint8_t* place, int stride, const float (&value)[8], float scale) {
-    constexpr int ORDER[8] = {0, FORMAT == NVFP4 ? 4 : 1, FORMAT == NVFP4 ? 1 : 2, FORMAT == NVFP4 ? 5 : 3,
-                              FORMAT == NVFP4 ? 2 : 4, FORMAT == NVFP4 ? 6 : 5, FORMAT == NVFP4 ? 3 : 6, 7};
+// Chunks of eight values as floats, until the row's scale is known: in the place of the high and the low parts.
+DEVICE void put_raw(uint8_t* place, int stride, const float (&x)[8]) {
+    *(float4*)place = make_float4(x[0], x[1], x[2], x[3]);
+    *(float4*)(place + stride) = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+DEVICE void split_raw(uint8_t* place, int stride, float scale, int format) {
+    float4 a = *(float4*)place, b = *(float4*)(place + stride);
+    float x[8] = {a.x * scale, a.y * scale, a.z * scale, a.w * scale, b.x * scale, b.y * scale, b.z * scale, b.w * scale};
+    bool apart = format == NVFP4;
     uint4 high, low;
-    split_pair<FORMAT>(high.x, low.x, value[ORDER[0]] * scale, value[ORDER[1]] * scale);
-    split_pair<FORMAT>(high.y, low.y, value[ORDER[2]] * scale, value[ORDER[3]] * scale);
-    split_pair<FORMAT>(high.z, low.z, value[ORDER[4]] * scale, value[ORDER[5]] * scale);
-    split_pair<FORMAT>(high.w, low.w, value[ORDER[6]] * scale, value[ORDER[7]] * scale);
+    split_pair(high.x, low.x, x[0], apart ? x[4] : x[1], format);
+    split_pair(high.y, low.y, apart ? x[1] : x[2], apart ? x[5] : x[3], format);
+    split_pair(high.z, low.z, apart ? x[2] : x[4], apart ? x[6] : x[5], format);
+    split_pair(high.w, low.w, apart ? x[3] : x[6], x[7], format);
     *(uint4*)place = high;
     *(uint4*)(place + stride) = low;
 }
@@ -78,15 +80,13 @@ struct Tile {
 };
 
 // Rows past n are read as row n - 1; their products are nobody's.
-template <int FORMAT>
 DEVICE Tile make_tile(const uint8_t* weight, const uint8_t* scale, const uint8_t* weight_up, const uint8_t* scale_up,
-                      int first, int n, int k) {
-    int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3, bytes = bytes_of(k, FORMAT), scales = k >> 4;
+                      int first, int n, int k, int format) {
+    int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3, bytes = bytes_of(k, format), scales = k >> 4;
     int64_t low = min(first + g, n - 1), high = weight_up ? low : min(first + g + 8, n - 1);
     if (!weight_up) weight_up = weight, scale_up = scale;
-    Tile tile = {weight + low * bytes + t * 16, weight_up + high * bytes + t * 16, nullptr, nullptr};
-    if (FORMAT == NVFP4) tile.scale_low = scale + low * scales + t * 4, tile.scale_high = scale_up + high * scales + t * 4;
-    return tile;
+    return {weight + low * bytes + t * 16, weight_up + high * bytes + t * 16, scale + low * scales + t * 4,
+            scale_up + high * scales + t * 4};
 }
 
 // A pass of a warp on its way from global memory, at no cost in registers.
@@ -96,17 +96,17 @@ struct Slot {
 };
 
 // Starts copying the bytes at..at + PASS of the tile's rows; those from `end` on come as zeros.
-template <int FORMAT>
-DEVICE void fetch(Slot& slot, const Tile& tile, int at, int end) {
+DEVICE void fetch(Slot& slot, const Tile& tile, int at, int end, int format) {
     int lane = threadIdx.x & 31, t = lane & 3;
+    uint64_t policy = evict_first();
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int offset = at + s * STEP;
         bool valid = offset + t * 16 < end;
-        copy_async16(&slot.codes[s][0][lane], tile.low + (valid ? offset : 0), valid);
-        copy_async16(&slot.codes[s][1][lane], tile.high + (valid ? offset : 0), valid);
+        copy_weights16(&slot.codes[s][0][lane], tile.low + (valid ? offset : 0), valid, policy);
+        copy_weights16(&slot.codes[s][1][lane], tile.high + (valid ? offset : 0), valid, policy);
     }
-    if (FORMAT == NVFP4) {
+    if (format == NVFP4) {
         bool valid = (at >> 3) + t * 4 < end >> 3;
         copy_async4(&slot.scales[lane >> 2][t], tile.scale_low + (valid ? at >> 3 : 0), valid);
         copy_async4(&slot.scales[(lane >> 2) + 8][t], tile.scale_high + (valid ? at >> 3 : 0), valid);
@@ -163,8 +163,8 @@ struct Sums {
 
 // sums += a pass of weights times the rows. vectors: the lane's column of the product in each set, in `memory`.
 // begin, end: the share of the rows in bytes; columns past the last row have no reader.
-template <int SETS, int FORMAT>
-DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int at, int begin, int end, const uint8_t* memory,
+template <int SETS>
+DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int format, int at, int begin, int end, const uint8_t* memory,
                      const int (&vectors)[SETS]) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
@@ -172,7 +172,7 @@ DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int at, int begin, int 
         uint4 low = slot.codes[s][0][lane], high = slot.codes[s][1][lane];
         int offset = at + s * STEP + t * 16;
         if (offset >= end) offset = begin;  // zeros times anything finite
-        if (FORMAT == NVFP4) {
+        if (format == NVFP4) {
             int chunk = offset >> 2, swap = (chunk >> 2) & 2;
             int first = 16 * (chunk + swap), second = 16 * (chunk + 2 - swap);
             uint32_t l = e4m3x2_to_half2(((const uint16_t*)slot.scales[g])[s * 4 + t]);
@@ -191,7 +191,7 @@ DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int at, int begin, int 
                     mma_half(sums.c[set][j % 2 * 2 + 1], b, x.z, x.w);
                 }
             }
-        } else if (FORMAT == FP8) {
+        } else if (format == FP8) {
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 uint32_t a[2][4];
@@ -221,7 +221,6 @@ DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int at, int begin, int 
 }
 
 // What a product's sums are to be multiplied with, of a format whose second scale is `scale_2`.
-template <int FORMAT>
-DEVICE float factor_of(float scale_2) {
-    return FORMAT == NVFP4 ? NVFP4_FACTOR * scale_2 : FORMAT == FP8 ? scale_2 : 1.f;
+DEVICE float factor_of(float scale_2, int format) {
+    return format == NVFP4 ? NVFP4_FACTOR * scale_2 : format == FP8 ? scale_2 : 1.f;
 }

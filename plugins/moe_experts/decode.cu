@@ -22,25 +22,24 @@ struct PreparedAct {
     float scale_2, scale_2_up;
 };
 
-template <int SETS, int FORMAT>
+template <int SETS>
 struct UpWork {
     using Prepared = PreparedAct;
     const UpArguments& a;
     const Chosen& chosen;
 
     DEVICE int tiles_of_item() const { return (a.inner + 7) >> 3; }
-    template <int>
     DEVICE Tile tile(int index) const {
-        int k = a.input.k, item = index / tiles_of_item(), bytes = bytes_of(k, FORMAT), scales = k / 16;
+        int k = a.input.k, item = index / tiles_of_item(), bytes = bytes_of(k, a.format), scales = k / 16;
         int64_t gate = (int64_t)chosen.expert[item] * 2 * a.inner, up = gate + a.inner;
-        return make_tile<FORMAT>(a.weight + gate * bytes, a.scale + gate * scales, a.weight + up * bytes,
-                                 a.scale + up * scales, (index - item * tiles_of_item()) * 8, a.inner, k);
+        return make_tile(a.weight + gate * bytes, a.scale + gate * scales, a.weight + up * bytes,
+                                 a.scale + up * scales, (index - item * tiles_of_item()) * 8, a.inner, k, a.format);
     }
     DEVICE Prepared prepare(int index) const {
         int item = index / tiles_of_item();
         Prepared p = {item, (index - item * tiles_of_item()) * 8, 0.f, 0.f};
         const float* scale_2 = a.scale_2 + 2 * chosen.expert[item];
-        if (FORMAT == NVFP4) p.scale_2 = scale_2[0], p.scale_2_up = scale_2[1];
+        if (a.format == NVFP4) p.scale_2 = scale_2[0], p.scale_2_up = scale_2[1];
         return p;
     }
     DEVICE void ask(Prepared&) const {}
@@ -53,53 +52,39 @@ struct UpWork {
             int slot = chosen.slot[p.item][row];
             if (slot < 0 || n >= a.inner) continue;
             float rms = rms_factor(staged, a.input, row);
-            float gate = value[2 * set] * (rms * factor_of<FORMAT>(p.scale_2));
-            float up = value[2 * set + 1] * (rms * factor_of<FORMAT>(p.scale_2_up));
+            float gate = value[2 * set] * (rms * factor_of(p.scale_2, a.format));
+            float up = value[2 * set + 1] * (rms * factor_of(p.scale_2_up, a.format));
             a.act[(int64_t)(row * TOP_K + slot) * a.inner + n] = silu(gate) * up;
         }
     }
 };
 
 // Starts the next kernel only after the wait: experts_down reads the router's logits before its own.
-template <int SETS, int FORMAT, int PIECES>
-DEVICE void up_rows(const UpArguments& a, uint4* memory, Staged& staged, Chosen& chosen, float* exchange) {
-    const Input& in = a.input;
-    const UpWork<SETS, FORMAT> work = {a, chosen};
-    uint8_t* vectors = (uint8_t*)((Slot*)memory + in.slots);
-    int warp = threadIdx.x >> 5;
-    Share share = share_of(in.k, warp);
-    NormWeight<PIECES> weight;
-    weight.load(in, share.begin, share.end);
-    wait_for_previous();
-    launch_next();
-    Keys keys;
-    if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
-    choose_experts(chosen, keys, in.rows, false);
-    Rows<PIECES> rows;
-    rows.load(in, 0, share.begin, share.end);
-    Plan plan = Plan::of(chosen.count * work.tiles_of_item(), blockIdx.x, gridDim.x);
-    Stream<FORMAT, UpWork<SETS, FORMAT>> stream(work, in, plan, memory);
-    PreparedAct prepared = {};
-    if (plan.first() < plan.tiles) prepared = work.prepare(plan.first());
-    stage_all<SETS, FORMAT, PIECES>(vectors, staged, in, weight, rows);
-    if (plan.ways < WARPS) __syncthreads();
-    else __syncwarp();
-    multiply_tiles<SETS, FORMAT>(in, plan, stream, work, prepared, vectors, staged, exchange);
-}
-
 template <int SETS>
 DEVICE void up_rows(const UpArguments& a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
     __shared__ Chosen chosen;
     __shared__ float exchange[WARPS * 2 * SETS * 32];
-    bool one = share_size(a.input.k) <= PIECE;
-    auto run = [&](auto format) {
-        if (one) up_rows<SETS, decltype(format)::VALUE, 1>(a, shared_memory, staged, chosen, exchange);
-        else up_rows<SETS, decltype(format)::VALUE, 2>(a, shared_memory, staged, chosen, exchange);
-    };
-    if (a.format == NVFP4) run(Constant<NVFP4>());
-    else run(Constant<BF16>());
+    const Input& in = a.input;
+    const UpWork<SETS> work = {a, chosen};
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
+    int warp = threadIdx.x >> 5;
+    NormWeight weight;
+    weight.load(in, share_of(in.k, warp));
+    wait_for_previous();
+    launch_next();
+    Keys keys;
+    if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
+    choose_experts(chosen, keys, in.rows, false);
+    Plan plan = Plan::of(chosen.count * work.tiles_of_item(), blockIdx.x, gridDim.x);
+    Stream<UpWork<SETS>> stream(work, in, plan, a.format, shared_memory);
+    PreparedAct prepared = {};
+    if (plan.first() < plan.tiles) prepared = work.prepare(plan.first());
+    stage(vectors, staged, in, weight, a.format);
+    if (plan.ways < WARPS) __syncthreads();
+    else __syncwarp();
+    multiply_tiles<SETS>(in, plan, stream, work, prepared, vectors, staged, exchange);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_8(const __grid_constant__ UpArguments a) { up_rows<2>(a); }
@@ -125,18 +110,13 @@ struct DownArguments {
 constexpr int DOWN_WARPS = 12;
 constexpr int AT_ONCE = 3;  // vectors that a warp stages together
 
-template <int FORMAT>
-DEVICE float split_vector(uint8_t* vector, int k, uint32_t largest) {
-    int lane = threadIdx.x & 31, stride = vector_bytes(k);
+DEVICE float split_vector(uint8_t* vector, int k, uint32_t largest, int format) {
     largest = __reduce_max_sync(ALL_LANES, largest);
-    float scale = scale_of<FORMAT>(largest);
-    for (int at = lane * 8; at < k; at += PIECE) {
-        uint8_t* place = vector + chunk_place(at / 8);
-        float4 a = *(float4*)place, b = *(float4*)(place + stride);
-        float value[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        put_split<FORMAT>(place, stride, value, scale);
-    }
-    return unscale_of<FORMAT>(largest);
+    float scale = scale_of(largest, format);
+#pragma unroll 1
+    for (int at = (threadIdx.x & 31) * 8; at < k; at += PIECE)
+        split_raw(vector + chunk_place(at / 8), vector_bytes(k), scale, format);
+    return unscale_of(largest, format);
 }
 
 // One block per 16 rows of the down projections; its warps take an expert each. Item 0 is the shared expert.
@@ -171,9 +151,7 @@ DEVICE void down_rows(const DownArguments& a) {
             int64_t row = (int64_t)chosen.expert[item - 1] * a.hidden;
             weight = a.weight + row * bytes_of(k, format), scale = a.scale + row * (k / 16);
         }
-        return format == NVFP4  ? make_tile<NVFP4>(weight, scale, nullptr, nullptr, first, a.hidden, k)
-               : format == FP8 ? make_tile<FP8>(weight, scale, nullptr, nullptr, first, a.hidden, k)
-                               : make_tile<BF16>(weight, scale, nullptr, nullptr, first, a.hidden, k);
+        return make_tile(weight, scale, nullptr, nullptr, first, a.hidden, k, format);
     };
     int next_item = warp, next_at = 0, next_end = 0, next_format = BF16;
     Tile next;
@@ -184,13 +162,13 @@ DEVICE void down_rows(const DownArguments& a) {
     open();
     auto fetch_next = [&](int slot) {
         if (next_item < items) {
-            if (next_format == NVFP4) fetch<NVFP4>(slots[slot], next, next_at, next_end);
-            else fetch<BF16>(slots[slot], next, next_at, next_end);
+            fetch(slots[slot], next, next_at, next_end, next_format);
             next_at += PASS;
             if (next_at >= next_end) next_item += DOWN_WARPS, open();
         }
         copy_commit();
     };
+#pragma unroll 1
     for (int slot = 0; slot < a.depth; slot++) fetch_next(slot);
     auto scale_2_of = [&](int item) {
         if (item >= items || format_of(item) == BF16) return 1.f;
@@ -223,8 +201,7 @@ DEVICE void down_rows(const DownArguments& a) {
                 for (int h = 0; h < 2; h++) {
                     uint8_t* place = vectors + vector_of(pair) + chunk_place((at + h * PIECE) / 8);
                     if (at + h * PIECE >= k) continue;
-                    *(float4*)place = make_float4(v[i][h][0], v[i][h][1], v[i][h][2], v[i][h][3]);
-                    *(float4*)(place + vector_bytes(k)) = make_float4(v[i][h][4], v[i][h][5], v[i][h][6], v[i][h][7]);
+                    put_raw(place, vector_bytes(k), v[i][h]);
 #pragma unroll
                     for (int j = 0; j < 8; j++) largest[i] = max(largest[i], magnitude_bits(v[i][h][j]));
                 }
@@ -237,9 +214,7 @@ DEVICE void down_rows(const DownArguments& a) {
             if (pair >= pairs + a.rows) break;
             uint32_t own = i == 0 ? largest[0] : i == 1 ? largest[1] : largest[2];
             uint8_t* vector = vectors + vector_of(pair);
-            float u = format == NVFP4  ? split_vector<NVFP4>(vector, k, own)
-                      : format == FP8 ? split_vector<FP8>(vector, k, own)
-                                      : split_vector<BF16>(vector, k, own);
+            float u = split_vector(vector, k, own, format);
             if (lane == 0) unscale[pair] = u;
         }
     }
@@ -259,14 +234,12 @@ DEVICE void down_rows(const DownArguments& a) {
 #pragma unroll 1
         for (int at = 0; at < end; at += PASS) {
             wait_for_pass(a.depth);
-            if (format == NVFP4) multiply<SETS, NVFP4>(sums, slots[slot], at, 0, end, vectors, columns);
-            else if (format == FP8) multiply<SETS, FP8>(sums, slots[slot], at, 0, end, vectors, columns);
-            else multiply<SETS, BF16>(sums, slots[slot], at, 0, end, vectors, columns);
+            multiply(sums, slots[slot], format, at, 0, end, vectors, columns);
             __syncwarp();
             fetch_next(slot);
             slot = slot + 1 == a.depth ? 0 : slot + 1;
         }
-        float factor = format == NVFP4 ? factor_of<NVFP4>(scale_2) : scale_2;
+        float factor = factor_of(scale_2, format);
 #pragma unroll
         for (int s = 0; s < SETS; s++) {
             int pair = pair_of(item, s * SET_ROWS + t);

@@ -51,19 +51,22 @@ DEVICE void sort_keys(uint32_t (&key)[KEYS]) {
 // One warp, slowly: the TOP_K largest keys, the lower id first among equals.
 DEVICE void pick_among_equals(uint32_t (&keys)[KEYS], int* ids, uint32_t (&best)[TOP_K]) {
     int lane = threadIdx.x & 31;
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < TOP_K; j++) {
-        best[j] = 0;
-        for (int i = 0; i < KEYS; i++) best[j] = max(best[j], keys[i]);
-        best[j] = __reduce_max_sync(ALL_LANES, best[j]);
-        uint32_t id = NUM_EXPERTS;
+        uint32_t most = 0, id = NUM_EXPERTS;
+#pragma unroll
+        for (int i = 0; i < KEYS; i++) most = max(most, keys[i]);
+        most = __reduce_max_sync(ALL_LANES, most);
 #pragma unroll
         for (int i = KEYS - 1; i >= 0; i--)
-            if (keys[i] == best[j] && i * 32 + lane < NUM_EXPERTS) id = i * 32 + lane;
+            if (keys[i] == most && i * 32 + lane < NUM_EXPERTS) id = i * 32 + lane;
         id = min(__reduce_min_sync(ALL_LANES, id), (uint32_t)NUM_EXPERTS - 1);
 #pragma unroll
         for (int i = 0; i < KEYS; i++)
             if (i * 32 + lane == id) keys[i] = 0;
+#pragma unroll
+        for (int i = 0; i < TOP_K; i++)
+            if (i == j) best[i] = most;
         if (lane == 0) ids[j] = id;
     }
 }

@@ -5,6 +5,7 @@
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
+typedef unsigned long uint64_t;
 
 inline void wait_for_previous() { emulator_wait_for_previous(); }
 inline void launch_next() { emulator_launch_next(); }
@@ -147,6 +148,10 @@ inline uint4 load_weights(const void* address) {
 
 inline void copy_async16(void* shared, const void* global, bool valid) { emulator_copy(shared, global, 16, valid); }
 inline void copy_async4(void* shared, const void* global, bool valid) { emulator_copy(shared, global, 4, valid); }
+inline uint64_t evict_first() { return 0; }
+inline void copy_weights16(void* shared, const void* global, bool valid, uint64_t) {
+    emulator_copy(shared, global, 16, valid);
+}
 inline void copy_commit() { emulator_copy_commit(); }
 template <int PENDING>
 inline void copy_wait() {
