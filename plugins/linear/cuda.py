@@ -22,10 +22,10 @@ SET_ROWS = 4  # rows that a tensor core multiplies at a time; kernels of more ar
 WARPS = 8  # of a block (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
 SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
-BUDGET = 99 << 10  # bytes of shared memory: two blocks, of this kernel and the next, on a multiprocessor
-MAX_DEPTH = 8  # passes that a warp has under way
+BUDGET = 108 << 10  # bytes of shared memory: two blocks, of this kernel and the next, on a multiprocessor
+MAX_DEPTH = 3  # passes that a warp has under way
 MAX_EXPERTS = 512
-MANY_TILES = 7  # a multiprocessor
+MANY_TILES = 3  # a multiprocessor
 
 
 class Segment(Structure):
@@ -78,15 +78,16 @@ class Input(Structure):
         ("head_parts", c_int),
         ("k", c_int),
         ("rows", c_int),
-        ("slots", c_int),
+        ("depth", c_int),
         ("late", c_int),
     ]
 
     def fit(self, shared_limit: int) -> int:
-        """Sets `slots`. -> bytes of shared memory."""
-        staged = self.rows * row_bytes(self.k)
-        self.slots = min(max((BUDGET - staged) // SLOT, 2 * WARPS), (shared_limit - staged) // SLOT, WARPS * MAX_DEPTH)
-        return int(staged + self.slots * SLOT)
+        """Sets `depth`. -> bytes of shared memory."""
+        staged, one = int(self.rows) * row_bytes(self.k), WARPS * SLOT
+        depth = min(max((BUDGET - staged) // one, 2), MAX_DEPTH)
+        self.depth = min(depth, (shared_limit - staged) // one)
+        return staged + int(self.depth) * one
 
 
 class Part(Structure):

@@ -107,7 +107,7 @@ DEVICE void linear_rows(const LinearArguments& a) {
     while (blockIdx.x >= a.parts[i].first_block + a.parts[i].blocks) i++;
     const Part& part = a.parts[i];
     const LinearWork<SETS> work = {a, part};
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + WARPS * in.depth);
     Plan plan = Plan::of(part.tiles, blockIdx.x - part.first_block, part.blocks);
     Stream<LinearWork<SETS>> stream(work, in, plan, part.format, shared_memory);
     NormWeight weight;

@@ -8,7 +8,7 @@
 #include "tile.cuh"
 
 #ifndef RESIDENT
-#define RESIDENT 2
+#define RESIDENT 3
 #endif
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
@@ -25,7 +25,7 @@ struct Input {
     int head_parts;
     int k;
     int rows;
-    int slots;                  // passes that a block has room for
+    int depth;                  // passes that a warp has under way, 1 to MAX_DEPTH
     int late;                   // start the next kernel only after the wait (see common.cuh)
 };
 
@@ -47,13 +47,17 @@ DEVICE Share share_of(int k, int share) {
 
 DEVICE int head_at(const Input& in, int k) { return (int)__fdividef(k + 0.5f, in.head_dim); }
 
-DEVICE float4 head_parts(const Input& in, int row, int k) {
+DEVICE float head_factor(const Input& in, int row, int k) {
     const float* parts = in.head_squares + (row * head_at(in, in.k) + head_at(in, k)) * in.head_parts;
-    if (in.head_parts == 4) return __ldcg((const float4*)parts);
     float sum = 0.f;
+    if (in.head_parts == 4) {
+        float4 p = __ldcg((const float4*)parts);
+        sum = (p.x + p.y) + (p.z + p.w);
+    } else {
 #pragma unroll 1
-    for (int i = 0; i < in.head_parts; i++) sum += __ldcg(parts + i);
-    return make_float4(sum, 0.f, 0.f, 0.f);
+        for (int i = 0; i < in.head_parts; i++) sum += __ldcg(parts + i);
+    }
+    return rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
 }
 
 struct NormWeight {
@@ -73,55 +77,62 @@ DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormW
     int pieces = (share.end - share.begin + PIECE - 1) / PIECE, count = in.rows * pieces;
     if (lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
     __syncwarp();
-    int row = 0, piece = 0;
+    int first_row = 0, first_piece = 0;
+    auto advance = [&](int& row, int& piece) {
+        if (++piece == pieces) piece = 0, row++;
+    };
 #pragma unroll 1
     for (int from = 0; from < count; from += BATCH) {
-        float x[BATCH][8];
-        float4 parts[BATCH];
-        int rows[BATCH], at[BATCH];
+        float x[BATCH][8], factor[BATCH];
+        int row = first_row, piece = first_piece;
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             if (from + i >= count) break;
-            rows[i] = row, at[i] = share.begin + piece * PIECE + lane * 8;
+            int at = share.begin + piece * PIECE + lane * 8;
 #pragma unroll
             for (int j = 0; j < 8; j++) x[i][j] = 0.f;
-            if (at[i] < share.end) {
-                load_eight(x[i], in.x + (int64_t)row * in.x_stride + at[i]);
-                if (in.head_squares) parts[i] = head_parts(in, row, at[i]);
+            if (at < share.end) load_eight(x[i], in.x + (int64_t)row * in.x_stride + at);
+            advance(row, piece);
+        }
+        if (in.head_squares) {  // while the values are under way
+            row = first_row, piece = first_piece;
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                if (from + i >= count) break;
+                factor[i] = head_factor(in, row, min(share.begin + piece * PIECE + lane * 8, in.k - 1));
+                advance(row, piece);
             }
-            if (++piece == pieces) piece = 0, row++;
         }
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             if (from + i >= count) break;
-            bool inside = at[i] < share.end;
+            int at = share.begin + first_piece * PIECE + lane * 8;
+            bool inside = at < share.end;
             float squares = 0.f;
             uint32_t largest = 0;
             if (in.norm_weight) {
                 float other[8];
-                bool first = at[i] < share.begin + PIECE;
-                if (!first && inside) load_eight(other, in.norm_weight + at[i]);
+                if (first_piece && inside) load_eight(other, in.norm_weight + at);
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     squares += x[i][j] * x[i][j];
-                    if (inside) x[i][j] *= 1.f + (first ? weight.value[j] : other[j]);
+                    if (inside) x[i][j] *= 1.f + (first_piece ? other[j] : weight.value[j]);
                 }
                 squares = warp_sum(squares);
             }
-            if (in.head_squares && inside) {
-                float sum = (parts[i].x + parts[i].y) + (parts[i].z + parts[i].w);
-                float factor = rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
+            if (in.head_squares) {
 #pragma unroll
-                for (int j = 0; j < 8; j++) x[i][j] *= factor;
+                for (int j = 0; j < 8; j++) x[i][j] *= factor[i];
             }
 #pragma unroll
             for (int j = 0; j < 8; j++) largest = max(largest, magnitude_bits(x[i][j]));
-            if (inside) put_raw(vectors + 2 * rows[i] * stride + chunk_place(at[i] / 8), stride, x[i]);
+            if (inside) put_raw(vectors + 2 * first_row * stride + chunk_place(at / 8), stride, x[i]);
             largest = __reduce_max_sync(ALL_LANES, largest);
             if (lane == 0) {
-                staged.squares[rows[i]][warp] += squares;
-                staged.largest[warp][rows[i]] = max(staged.largest[warp][rows[i]], largest);
+                staged.squares[first_row][warp] += squares;
+                staged.largest[warp][first_row] = max(staged.largest[warp][first_row], largest);
             }
+            advance(first_row, first_piece);
         }
     }
     __syncwarp();
@@ -146,13 +157,12 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 // The tiles of a block, every `grid`-th from `index` on, and how its warps share them.
 struct Plan {
     int tiles, index, grid;
-    int ways;    // warps of a tile; 1 if they are more than four, else as many as there are warps for
-    int active;  // warps with a tile, as warps 0..active - 1
+    int ways;  // warps of a tile; 1 if they are more than four, else as many as there are warps for
 
     DEVICE static Plan of(int tiles, int index, int grid) {
         int each = (tiles + grid - 1) / grid;
         int ways = each <= 1 ? 8 : each == 2 ? 4 : each <= 4 ? 2 : 1;
-        return {tiles, index, grid, ways, min(each * ways, WARPS)};
+        return {tiles, index, grid, ways};
     }
     DEVICE int first() const { return index + (threadIdx.x >> 5) / ways * grid; }
     DEVICE int step() const { return WARPS / ways * grid; }
@@ -173,16 +183,15 @@ struct Stream {
     DEVICE Stream(const Work& work, const Input& in, const Plan& plan, int format, uint4* memory)
         : work(work), format(format) {
         int warp = threadIdx.x >> 5;
-        depth = min(in.slots / plan.active, MAX_DEPTH);
-        slots = (Slot*)memory + warp * depth;
+        depth = in.depth, slots = (Slot*)memory + warp * depth;
         tiles = plan.tiles, step = plan.step();
         size = bytes_of(share_size(in.k), format), end = bytes_of(in.k, format);
         begin = min(plan.first_share() * size, end), end = min(begin + plan.shares() * size, end);
-        next = warp < plan.active && begin < end ? plan.first() : tiles;
+        next = begin < end ? plan.first() : tiles;
         at = stop = 0;
         open();
 #pragma unroll 1
-        for (int slot = 0; slot < depth && warp < plan.active; slot++) put(slot);
+        for (int slot = 0; slot < depth; slot++) put(slot);
     }
     DEVICE void open() {
         if (next < tiles) tile = work.tile(next), at = begin, stop = min(begin + size, end);
@@ -217,7 +226,7 @@ DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<Work>& stre
     int slot = 0;
 #pragma unroll 1
     for (int index = plan.first();; index += plan.step()) {
-        bool valid = index < plan.tiles && warp < plan.active;
+        bool valid = index < plan.tiles;
         float value[2 * SETS] = {}, level[3][2 * SETS];
         int begin = stream.begin;
 #pragma unroll 1

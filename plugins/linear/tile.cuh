@@ -97,35 +97,29 @@ struct Slot {
 
 // Starts copying the bytes at..at + PASS of the tile's rows; those from `end` on come as zeros.
 DEVICE void fetch(Slot& slot, const Tile& tile, int at, int end, int format) {
-    int lane = threadIdx.x & 31, t = lane & 3;
+    int lane = threadIdx.x & 31, t = lane & 3, left = end - at - t * 16;
     uint64_t policy = evict_first();
+    const uint8_t *low = tile.low + at, *high = tile.high + at;
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
-        int offset = at + s * STEP;
-        bool valid = offset + t * 16 < end;
-        copy_weights16(&slot.codes[s][0][lane], tile.low + (valid ? offset : 0), valid, policy);
-        copy_weights16(&slot.codes[s][1][lane], tile.high + (valid ? offset : 0), valid, policy);
+        copy_weights16(&slot.codes[s][0][lane], low + s * STEP, left > s * STEP, policy);
+        copy_weights16(&slot.codes[s][1][lane], high + s * STEP, left > s * STEP, policy);
     }
     if (format == NVFP4) {
-        bool valid = (at >> 3) + t * 4 < end >> 3;
-        copy_async4(&slot.scales[lane >> 2][t], tile.scale_low + (valid ? at >> 3 : 0), valid);
-        copy_async4(&slot.scales[(lane >> 2) + 8][t], tile.scale_high + (valid ? at >> 3 : 0), valid);
+        int offset = at >> 3;
+        bool valid = offset + t * 4 < end >> 3;
+        copy_async4(&slot.scales[lane >> 2][t], tile.scale_low + offset, valid);
+        copy_async4(&slot.scales[(lane >> 2) + 8][t], tile.scale_high + offset, valid);
     }
 }
 
 // Waits for the oldest of `depth` passes.
-constexpr int MAX_DEPTH = 8;
+constexpr int MAX_DEPTH = 4;
 DEVICE void wait_for_pass(int depth) {
-    switch (depth) {
-        case 1: copy_wait<0>(); break;
-        case 2: copy_wait<1>(); break;
-        case 3: copy_wait<2>(); break;
-        case 4: copy_wait<3>(); break;
-        case 5: copy_wait<4>(); break;
-        case 6: copy_wait<5>(); break;
-        case 7: copy_wait<6>(); break;
-        default: copy_wait<7>();
-    }
+    if (depth == 3) copy_wait<2>();
+    else if (depth == 4) copy_wait<3>();
+    else if (depth == 2) copy_wait<1>();
+    else copy_wait<0>();
     __syncwarp();
 }
 
@@ -163,16 +157,16 @@ struct Sums {
 
 // sums += a pass of weights times the rows. vectors: the lane's column of the product in each set, in `memory`.
 // begin, end: the share of the rows in bytes; columns past the last row have no reader.
-template <int SETS>
-DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int format, int at, int begin, int end, const uint8_t* memory,
-                     const int (&vectors)[SETS]) {
+template <int SETS, int FORMAT>
+DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin, int end, const uint8_t* memory,
+                          const int (&vectors)[SETS]) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         uint4 low = slot.codes[s][0][lane], high = slot.codes[s][1][lane];
         int offset = at + s * STEP + t * 16;
         if (offset >= end) offset = begin;  // zeros times anything finite
-        if (format == NVFP4) {
+        if (FORMAT == NVFP4) {
             int chunk = offset >> 2, swap = (chunk >> 2) & 2;
             int first = 16 * (chunk + swap), second = 16 * (chunk + 2 - swap);
             uint32_t l = e4m3x2_to_half2(((const uint16_t*)slot.scales[g])[s * 4 + t]);
@@ -191,7 +185,7 @@ DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int format, int at, int
                     mma_half(sums.c[set][j % 2 * 2 + 1], b, x.z, x.w);
                 }
             }
-        } else if (format == FP8) {
+        } else if (FORMAT == FP8) {
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 uint32_t a[2][4];
@@ -218,6 +212,14 @@ DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int format, int at, int
             }
         }
     }
+}
+
+template <int SETS>
+DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int format, int at, int begin, int end, const uint8_t* memory,
+                     const int (&vectors)[SETS]) {
+    if (format == NVFP4) multiply_pass<SETS, NVFP4>(sums, slot, at, begin, end, memory, vectors);
+    else if (format == FP8) multiply_pass<SETS, FP8>(sums, slot, at, begin, end, memory, vectors);
+    else multiply_pass<SETS, BF16>(sums, slot, at, begin, end, memory, vectors);
 }
 
 // What a product's sums are to be multiplied with, of a format whose second scale is `scale_2`.

@@ -66,7 +66,7 @@ class ExpertsDecode:
         rows = int(arguments.rows)
         staged = self.staged_bytes(rows, int(arguments.inner), int(arguments.shared_inner))
         most = 2 if rows * self.top_k < DOWN_WARPS else 4
-        depth = min(max((BUDGET - staged) // PASS_BYTES, 2), most)  # within BUDGET, or two, or what there is room for
+        depth = min(max(((99 << 10) - staged) // PASS_BYTES, 2), most)  # within BUDGET, or two, or what there is room for
         arguments.depth = min(depth, (self.shared_limit - staged) // PASS_BYTES)
         kernel = self.module.kernel("experts_down_4" if rows <= SET_ROWS else "experts_down_8")
         shared = staged + DOWN_WARPS * int(arguments.depth) * SLOT

@@ -68,7 +68,7 @@ DEVICE void up_rows(const UpArguments& a) {
     __shared__ float exchange[WARPS * 2 * SETS * 32];
     const Input& in = a.input;
     const UpWork<SETS> work = {a, chosen};
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + WARPS * in.depth);
     int warp = threadIdx.x >> 5;
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
