@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 LEAST_CAPABILITY = (8, 0)
 STATIC_SHARED = 8 << 10  # bytes of a block's shared memory that kernels declare themselves, at most
+# Of a multiprocessor's shared memory, kept for short kernels; the rest is for a large room and a small one.
+SPARE_SHARED, LARGE_PERCENT = 10 << 10, 56
 DRAFT_HEAD = "mtp.draft_head"  # the quantized copy of a bfloat16 lm_head
 
 
@@ -58,6 +60,17 @@ class Gpu:
     arch: str
     multiprocessors: int
     shared_bytes: int  # that one block may have
+
+    def rooms(self, rows: int) -> tuple[int, int]:
+        """Bytes of shared memory that successive launches of a layer take in turn, the first one first.
+
+        A kernel's blocks start while those of the one before it still work. Left alone they crowd onto the
+        multiprocessors that are free first, two on some and none on others. A block that fills one of two rooms of
+        different sizes, the larger more than half, leaves space for one of the next kernel alone: one on each.
+        """
+        total = self.shared_bytes + 1024 - SPARE_SHARED
+        large = total * LARGE_PERCENT // 100
+        return (large, total - large) if rows == 1 else (total - large, large)  # many rows: the large one for experts_down
 
     @classmethod
     def current(cls) -> Gpu:
@@ -209,29 +222,32 @@ class CudaModel:
     def store(self, name: str, out: Tensor, **fields: Any) -> Segment:
         return self.segment(name, out.data_ptr(), out.shape[-1], **fields)
 
-    def add(self, label: str, given: Input, name: str, x: Tensor) -> None:
+    def add(self, label: str, given: Input, name: str, x: Tensor, room: int) -> None:
         """x += the product."""
         segments = [self.store(name, x, epilogue=ADD)]
-        self.launch(label, self.linear.linear, given, segments, residual=x.data_ptr())
+        self.launch(label, self.linear.linear, given, segments, residual=x.data_ptr(), room=room)
 
     def gdn_weights(self, name: str) -> gdn.Weights:
         return gdn.Weights(*(self.weights.address(f"{name}.{n}") for n in gdn.WEIGHT_NAMES))
 
     def delta_net(self, name: str, rows: int) -> None:
         b, sizes, mixer = self.buffers, self.gdn.sizes, f"{name}.linear_attn"
+        first, second = self.gpu.rooms(rows)
         state, ring = self.state.recurrent[name]
         segments = [
             self.segment(f"{mixer}.in_proj_{part}", ring.data_ptr() + 4 * at, sizes.row_stride, ring_mask=gdn.RING - 1)
             for part, at in sizes.places.items()
         ]
-        self.launch("GDN in", self.linear.linear, self.input(b.x, rows, f"{name}.input_layernorm"), segments)
+        given = self.input(b.x, rows, f"{name}.input_layernorm")
+        self.launch("GDN in", self.linear.linear, given, segments, room=first)
         memory = gdn.Memory(ring.data_ptr(), state.data_ptr())
         scalars = self.control(sampling_cuda.POSITION), self.control(sampling_cuda.COMMIT)
         y, squares = b.mixed.data_ptr(), b.squares.data_ptr()
-        self.launch("GDN mixer", self.gdn.decode, memory, self.gdn_weights(mixer), *scalars, rows, y, squares)
+        weights = self.gdn_weights(mixer)
+        self.launch("GDN mixer", self.gdn.decode, memory, weights, *scalars, rows, y, squares, room=second)
         gated = self.input(b.mixed, rows)
         gated.head_squares, gated.head_dim, gated.head_parts = squares, sizes.head_v_dim, self.gdn.head_parts
-        self.add("GDN out", gated, f"{mixer}.out_proj", b.x)
+        self.add("GDN out", gated, f"{mixer}.out_proj", b.x, first)
 
     def attend(self, name: str, x: Tensor, rows: int, position: int, offset: int, query_row: int = 0) -> None:
         """Projections, attention and its gate: x -> buffers.attended. query_row: see attention.Decode."""
@@ -239,7 +255,7 @@ class CudaModel:
         parts = {"q": b.q, "k": b.k, "v": b.v}
         segments = [self.store(f"{mixer}.{part}_proj", out) for part, out in parts.items()]
         given = self.input(x, rows, f"{name}.input_layernorm")
-        self.launch("attention in", self.linear.linear, given, segments)
+        self.launch("attention in", self.linear.linear, given, segments, room=self.gpu.rooms(rows)[0])
         rows_of = {part: out.data_ptr() for part, out in zip(("q_gate", "k", "v"), parts.values(), strict=True)}
         self.launch(
             "attention",
@@ -261,12 +277,13 @@ class CudaModel:
 
     def mlp(self, name: str, x: Tensor, rows: int) -> None:
         c, b, mlp, norm = self.config, self.buffers, f"{name}.mlp", f"{name}.post_attention_layernorm"
+        first, second = self.gpu.rooms(rows)
         given = self.input(x, rows, norm)
         if not c.is_moe:
             pair = self.store(f"{mlp}.gate_proj", b.shared_act, up=f"{mlp}.up_proj", epilogue=SWIGLU)
             given.late = True  # as experts_up: once a layer, see common.cuh
-            self.launch("MLP up", self.linear.linear, given, [pair])
-            self.add("MLP down", self.input(b.shared_act, rows), f"{mlp}.down_proj", x)
+            self.launch("MLP up", self.linear.linear, given, [pair], room=second)
+            self.add("MLP down", self.input(b.shared_act, rows), f"{mlp}.down_proj", x, first)
             return
         shared = f"{mlp}.shared_expert"
         down = self.segment(f"{shared}.down_proj", x.data_ptr(), x.shape[-1])
@@ -275,16 +292,17 @@ class CudaModel:
             self.store(f"{shared}.gate_proj", b.shared_act, up=f"{shared}.up_proj", epilogue=SWIGLU),
             self.store(f"{mlp}.shared_expert_gate", b.shared_gate),
         ]
-        self.launch("router, shared up", self.linear.linear, given, segments)
+        self.launch("router, shared up", self.linear.linear, given, segments, room=second)
         format = FORMATS[self.weights.format_of(f"{mlp}.experts")]
         up, out = (self.expert_weights(f"{mlp}.experts.{part}_proj", format) for part in ("gate_up", "down"))
         act, inner = b.act.data_ptr(), c.moe_intermediate_size
         logits = b.router_logits.data_ptr()
-        self.launch("experts up", self.experts.up, experts.UpArguments(given, logits, *up, act, format, inner))
+        arguments_up = experts.UpArguments(given, logits, *up, act, format, inner)
+        self.launch("experts up", self.experts.up, arguments_up, room=first)
         arguments = experts.DownArguments(logits, *out, act, down, b.shared_act.data_ptr(), b.shared_gate.data_ptr())
         arguments.x, arguments.format, arguments.inner, arguments.rows = x.data_ptr(), format, inner, rows
         arguments.shared_inner, arguments.hidden = c.shared_expert_intermediate_size, c.hidden_size
-        self.launch("experts down", self.experts.down, arguments)
+        self.launch("experts down", self.experts.down, arguments, room=second)
 
     def expert_weights(self, name: str, format: int) -> list[int | None]:
         names = [f"{name}.{part}" for part in ("weight", "weight_scale", "weight_scale_2")]
@@ -301,7 +319,8 @@ class CudaModel:
             name = f"layers.{i}"
             if kind == FULL:
                 self.attend(name, b.x, rows, self.control(sampling_cuda.POSITION), 0)
-                self.add("attention out", self.input(b.attended, rows), f"{name}.self_attn.o_proj", b.x)
+                given = self.input(b.attended, rows)
+                self.add("attention out", given, f"{name}.self_attn.o_proj", b.x, self.gpu.rooms(rows)[0])
             else:
                 self.delta_net(name, rows)
             self.mlp(name, b.x, rows)
@@ -321,16 +340,16 @@ class CudaModel:
             *(w("mtp.pre_fc_norm_embedding.weight"), hidden.data_ptr(), w("mtp.pre_fc_norm_hidden.weight")),
             *(b.pair.data_ptr(), rows, self.config.rms_norm_eps),
         )
-        x = b.head_x
-        self.launch("head fc", self.linear.linear, self.input(b.pair, rows), [self.store("mtp.fc", x)])
+        x, room = b.head_x, self.gpu.rooms(rows)[1]
+        self.launch("head fc", self.linear.linear, self.input(b.pair, rows), [self.store("mtp.fc", x)], room=room)
         # Only the last true row is drafted from; the others leave their keys and values.
         position, offset = (sampling_cuda.HEAD_POSITION, 0) if first else (sampling_cuda.POSITION, index - 1)
         last = self.control(sampling_cuda.HEAD_LAST) if first else 0
         self.attend(name, x, rows, self.control(position), offset, query_row=last)
         out = [self.store(f"{name}.self_attn.o_proj", b.draft_x, epilogue=ADD)]
         given = self.input(b.attended, 1)
-        row = last or None
-        self.launch("attention out", self.linear.linear, given, out, residual=x.data_ptr(), residual_row=row)
+        row, room = last or None, self.gpu.rooms(1)[0]
+        self.launch("attention out", self.linear.linear, given, out, residual=x.data_ptr(), residual_row=row, room=room)
         self.mlp(name, b.draft_x, 1)
         head = self.store(self.draft_head, b.draft_logits, n=self.draft_vocab)
         given = self.input(b.draft_x, 1, "mtp.norm")

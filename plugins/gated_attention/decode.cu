@@ -129,6 +129,7 @@ template <int QUERIES>
 DEVICE void decode(const DecodeArguments& a) {
     using L = Layout<QUERIES>;
     extern __shared__ uint4 shared_memory[];
+    launch_next();
     char* shared = (char*)shared_memory;
     float2* turns = (float2*)(shared + L::TURNS);
     int kv_head = blockIdx.y, first = first_position(a), end = first + a.rows;
@@ -149,7 +150,6 @@ DEVICE void decode(const DecodeArguments& a) {
             fill_turns(turns + t * HALF, a.inverse_frequencies, first + t, (threadIdx.x + t * 32) % THREADS, THREADS);
     }
     wait_for_previous();
-    launch_next();
     if (tile >= tiles) return;
     load_queries<QUERIES>(a, query, kv_head, query_row);
     __syncthreads();  // turns
@@ -207,9 +207,9 @@ KERNEL __launch_bounds__(THREADS) attention_combine(const __grid_constant__ Deco
     int tiles = tile_count(first + row), groups = (tiles + GROUP_TILES - 1) / GROUP_TILES;
     const float* gates = a.q_gate + (int64_t)row * a.q_stride + (head * 2 + 1) * HEAD_DIM;
     float4 gate = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (inside && part == 0) gate = *(const float4*)(gates + d);
-    wait_for_previous();
     launch_next();
+    wait_for_previous();
+    if (inside && part == 0) gate = __ldcg((const float4*)(gates + d));
     Softmax all = empty_softmax();
     float4 sums = make_float4(0.f, 0.f, 0.f, 0.f);
     auto add = [&](Softmax& into, float4& sum, Softmax softmax, float4 value) {

@@ -98,6 +98,8 @@ class GatedDeltaNet:
         lanes = 4 if sizes.head_k_dim % 32 else 8
         self._grid = (sizes.head_v_dim // columns, sizes.num_v_heads, 1)
         self._block = (columns * lanes, 1, 1)
+        slot = 2 * sizes.head_k_dim + columns + 4  # floats of a prepared row (recurrence.cuh)
+        self._static = 4 * (sizes.head_k_dim * columns + MAX_ROWS * (slot + columns))  # shared memory that gdn_decode declares
 
     def decode(
         self,
@@ -109,16 +111,18 @@ class GatedDeltaNet:
         y: int,
         squares: int,
         stream: int,
+        room: int = 0,
     ) -> None:
         """Applies the pending rows to the state, then runs `rows` rows on top of it: y float32 [rows, Hv Dv], gated but
         not yet divided by the root mean square of its head; squares float32 [rows, Hv, head_parts], whose sums over
         the last dimension are the sums of squares that go into that. The kernel launched right before may write the
         rows' slots of the ring, but neither the scalars `position` (of row 0) and `commit` (int32, 0..8) nor the
-        state nor an older row."""
+        state nor an older row. room: see LinearDecode.linear."""
         assert 0 <= rows <= MAX_ROWS
         given = (memory.ring, *weights[:3], memory.recurrent_state, position, commit, weights.norm_weight)
         args = [*map(c_void_p, given), c_int(rows), c_void_p(y), c_void_p(squares)]
-        self.module.kernel("gdn_decode").launch(self._grid, self._block, args, stream)
+        shared = max(room - self._static, 0)
+        self.module.kernel("gdn_decode").launch(self._grid, self._block, args, stream, shared=shared)
 
     @property
     def head_parts(self) -> int:

@@ -70,6 +70,7 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
     __shared__ float4 stage[HEAD_K_DIM * CHUNKS];
     __shared__ float4 slots[MAX_ROWS][SLOT];
     __shared__ float outs[MAX_ROWS][COLUMNS];
+    launch_next();
     const int warp = threadIdx.x / 32, head = blockIdx.y, first_column = blockIdx.x * COLUMNS;
     float* block_state = recurrent_state + head * HEAD_K_DIM * HEAD_V_DIM + first_column;
     fetch_state(stage, block_state);
@@ -80,10 +81,7 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
     float state[VALUES];
 #pragma unroll 1
     for (int phase = first_phase; phase < 2; ++phase) {
-        if (phase) {
-            wait_for_previous();
-            launch_next();
-        }
+        if (phase) wait_for_previous();
         const int count = phase ? rows : pending, first = phase ? start : start - pending;
         for (int row = warp; row < count; row += WARPS) prepare_row(slots[row], ring, first + row, weights);
         if (phase && pending) store_state(block_state, stage);

@@ -22,10 +22,9 @@ SET_ROWS = 4  # rows that a tensor core multiplies at a time; kernels of more ar
 WARPS = 8  # of a block (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
 SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
-BUDGET = 108 << 10  # bytes of shared memory: two blocks, of this kernel and the next, on a multiprocessor
-MAX_DEPTH = 3  # passes that a warp has under way
+MAX_DEPTH = 6  # passes that a warp has under way
 MAX_EXPERTS = 512
-MANY_TILES = 3  # a multiprocessor
+STATIC = (2560, 4608)  # bytes of shared memory that the kernels declare, for up to four rows and for more
 
 
 class Segment(Structure):
@@ -82,12 +81,13 @@ class Input(Structure):
         ("late", c_int),
     ]
 
-    def fit(self, shared_limit: int) -> int:
-        """Sets `depth`. -> bytes of shared memory."""
+    def fit(self, room: int, shared_limit: int) -> int:
+        """Sets `depth`: as many passes as a room has space for, two at least, if the device has that much. -> bytes of
+        dynamic shared memory, of the whole room if there is one."""
         staged, one = int(self.rows) * row_bytes(self.k), WARPS * SLOT
-        depth = min(max((BUDGET - staged) // one, 2), MAX_DEPTH)
+        depth = min(max((room - staged) // one, 2), MAX_DEPTH)
         self.depth = min(depth, (shared_limit - staged) // one)
-        return staged + int(self.depth) * one
+        return max(staged + int(self.depth) * one, room)
 
 
 class Part(Structure):
@@ -114,12 +114,7 @@ class LinearArguments(Structure):
     ]
 
 
-def blocks_for(tiles: int, multiprocessors: int) -> int:
-    """One block each leaves half a multiprocessor to the next kernel; many tiles are faster with two."""
-    return min(tiles, multiprocessors * (2 if tiles > MANY_TILES * multiprocessors else 1))
-
-
-def parts_of(segments: Sequence[Segment], multiprocessors: int) -> list[Part]:
+def parts_of(segments: Sequence[Segment], most_blocks: int) -> list[Part]:
     """A launch's blocks, divided such that the one with the most bytes has as few as can be. segments: by format."""
     parts: list[Part] = []
     for i, segment in enumerate(segments):
@@ -131,7 +126,7 @@ def parts_of(segments: Sequence[Segment], multiprocessors: int) -> list[Part]:
     def bytes_of_block(part: Part) -> int:
         return -(-part.tiles // part.blocks) * (4, 2, 1)[part.format]
 
-    for _ in range(len(parts), blocks_for(sum(part.tiles for part in parts), multiprocessors)):
+    for _ in range(len(parts), min(most_blocks, sum(part.tiles for part in parts))):
         max((part for part in parts if part.blocks < part.tiles), key=bytes_of_block).blocks += 1
     for part, following in zip(parts, parts[1:], strict=False):
         following.first_block = part.first_block + part.blocks
@@ -169,16 +164,19 @@ class LinearDecode:
         residual: int | None = None,
         residual_row: int | None = None,
         normed: int | None = None,
+        room: int = 0,
     ) -> None:
         """Multiplies the rows with every segment. residual: what ADD adds to, read from row *residual_row on.
-        normed: where the normed rows go, float32 [T, K]."""
+        normed: where the normed rows go, float32 [T, K]. room: bytes of shared memory that the kernel's only block on a
+        multiprocessor takes at least; 0: two blocks, for very many tiles."""
         assert 1 <= given.rows <= MAX_ROWS
         segments = sorted(segments, key=lambda segment: int(segment.format))
-        parts = parts_of(segments, self.multiprocessors)
+        parts = parts_of(segments, self.multiprocessors * (1 if room else 2))
         arguments = LinearArguments(Segments.of(segments), input=given)
         arguments.residual, arguments.residual_row, arguments.normed = residual, residual_row, normed
         for i, part in enumerate(parts):
             arguments.parts[i] = part
-        blocks, shared = sum(part.blocks for part in parts), arguments.input.fit(self.shared_limit)
+        own = room - STATIC[given.rows > SET_ROWS] if room else self.shared_limit // 2 - STATIC[True]
+        blocks, shared = sum(part.blocks for part in parts), arguments.input.fit(own, self.shared_limit)
         kernel = self.module.kernel("linear_4" if given.rows <= SET_ROWS else "linear_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)

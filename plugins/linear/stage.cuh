@@ -8,7 +8,7 @@
 #include "tile.cuh"
 
 #ifndef RESIDENT
-#define RESIDENT 3
+#define RESIDENT 2
 #endif
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;

@@ -6,11 +6,13 @@ from ctypes import Structure, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
-from plugins.linear.cuda import BUDGET, MAX_EXPERTS, SET_ROWS, SLOT, TILE, WARPS, Input, Segment, blocks_for, row_bytes
+from plugins.linear.cuda import MAX_EXPERTS, SET_ROWS, SLOT, STATIC, TILE, WARPS, Input, Segment, row_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS = 12
 PASS_BYTES = DOWN_WARPS * SLOT
+ROUTING_BYTES, DOWN_STATIC = 1344, 6192  # of shared memory that the kernels declare
+MAX_DOWN_DEPTH = 4  # passes that a warp has under way
 MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 
 
@@ -55,21 +57,23 @@ class ExpertsDecode:
         self.module, self.multiprocessors, self.shared_limit = module, multiprocessors, shared_limit
         self.num_experts, self.top_k = num_experts, top_k
 
-    def up(self, arguments: UpArguments, stream: int) -> None:
+    def up(self, arguments: UpArguments, stream: int, room: int = 0) -> None:
+        """room: see LinearDecode.linear."""
         given = arguments.input
         most = min(int(given.rows) * self.top_k, self.num_experts) * -(-arguments.inner // 8)
-        blocks, shared = blocks_for(most, self.multiprocessors), given.fit(self.shared_limit)
+        own = max(room - STATIC[given.rows > SET_ROWS] - ROUTING_BYTES, 0)
+        blocks, shared = min(most, self.multiprocessors), given.fit(own, self.shared_limit)
         kernel = self.module.kernel("experts_up_4" if given.rows <= SET_ROWS else "experts_up_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)
 
-    def down(self, arguments: DownArguments, stream: int) -> None:
+    def down(self, arguments: DownArguments, stream: int, room: int = 0) -> None:
         rows = int(arguments.rows)
         staged = self.staged_bytes(rows, int(arguments.inner), int(arguments.shared_inner))
-        most = 2 if rows * self.top_k < DOWN_WARPS else 4
-        depth = min(max(((99 << 10) - staged) // PASS_BYTES, 2), most)  # within BUDGET, or two, or what there is room for
+        own = max(room - DOWN_STATIC, 0)
+        depth = min(max((own - staged) // PASS_BYTES, 2), MAX_DOWN_DEPTH)
         arguments.depth = min(depth, (self.shared_limit - staged) // PASS_BYTES)
+        shared = max(staged + int(arguments.depth) * PASS_BYTES, own)
         kernel = self.module.kernel("experts_down_4" if rows <= SET_ROWS else "experts_down_8")
-        shared = staged + DOWN_WARPS * int(arguments.depth) * SLOT
         kernel.launch((-(-arguments.hidden // TILE), 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=shared)
 
     def staged_bytes(self, rows: int, inner: int, shared_inner: int) -> int:
