@@ -99,7 +99,12 @@ class Module:
 
     def kernel(self, name: str) -> Kernel:
         if name not in self._kernels:
-            self._kernels[name] = Kernel(_check(_driver().cuModuleGetFunction(self._module, name.encode())), name)
+            driver = _driver()
+            function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
+            # All shared memory, whatever the kernel needs itself: the next one is to move in beside it.
+            carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            _check(driver.cuFuncSetAttribute(function, carveout, 100))
+            self._kernels[name] = Kernel(function, name)
         return self._kernels[name]
 
 

@@ -1,16 +1,25 @@
-// A block of 8 warps that multiplies rows with tiles of weights; the frame of linear layers and experts_up.
+// A block that multiplies rows with tiles of weights; the frame of linear layers and experts_up.
 //
-// k is cut into eight shares. Each warp stages one of them; the products of a share are summed up by themselves, and
-// shares joined pair by pair, so that a tile may be one warp's or shared by two, four or eight: the bits are the same.
-// A block takes less than half a multiprocessor: the next kernel's moves in while this one works and starts fetching its
-// weights, which keeps memory busy through what kernels spend waiting for each other.
+// k is cut into eight shares. The products of a share are summed up by themselves, and shares joined pair by pair, so
+// that a tile may be one warp's or shared by two, four or eight: the bits are the same. A block leaves room on its
+// multiprocessor: the next kernel's moves in while this one works and starts fetching its weights, which keeps memory
+// busy through what kernels spend waiting for each other.
+//
+// A block goes twice through its code: once before the wait, on whatever it finds and storing nothing, so that the code
+// is at hand when it matters. Else a round's kernels, each run once, wait for their instructions longer than for data.
 #pragma once
 #include "tile.cuh"
 
 #ifndef RESIDENT
 #define RESIDENT 2
 #endif
-constexpr int WARPS = 8;
+#ifndef WARPS
+#define WARPS 8
+#endif
+#ifndef FIRST_TURN
+#define FIRST_TURN 0
+#endif
+constexpr int SHARES = 8;  // of k
 constexpr int THREADS = 32 * WARPS;
 constexpr int PIECE = 256;  // k that a warp stages at a time: eight values a lane
 
@@ -30,14 +39,14 @@ struct Input {
 };
 
 struct Staged {
-    float squares[MAX_ROWS][WARPS];  // sums of squares of the shares
-    uint32_t largest[WARPS][MAX_ROWS];
+    float squares[MAX_ROWS][SHARES];  // sums of squares of the shares
+    uint32_t largest[SHARES][MAX_ROWS];
 };
 
 struct Share {
     int begin, end;
 };
-DEVICE int share_size(int k) { return (k + 64 * WARPS - 1) / (64 * WARPS) * 64; }
+DEVICE int share_size(int k) { return (k + 64 * SHARES - 1) / (64 * SHARES) * 64; }
 DEVICE Share share_of(int k, int share) {
     int size = share_size(k);
     return {min(share * size, k), min(share * size + size, k)};
@@ -68,18 +77,19 @@ struct NormWeight {
     }
 };
 
-// The warp's share of all rows. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
+// A share of every row, or of every second one where two warps stage a share. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
 // applied to the product.
 DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormWeight& weight, int format) {
     constexpr int BATCH = 4;  // pieces of rows whose loads wait together
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
-    Share share = share_of(in.k, warp);
-    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, count = in.rows * pieces;
-    if (lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
+    constexpr int STRIDE = WARPS / SHARES;  // of the warp's rows
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k), own = warp % SHARES;
+    Share share = share_of(in.k, own);
+    int first_row = warp / SHARES, first_piece = 0, rows = (in.rows - first_row + STRIDE - 1) / STRIDE;
+    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, count = rows * pieces;
+    if (lane < rows) staged.squares[lane * STRIDE + first_row][own] = 0.f, staged.largest[own][lane * STRIDE + first_row] = 0;
     __syncwarp();
-    int first_row = 0, first_piece = 0;
     auto advance = [&](int& row, int& piece) {
-        if (++piece == pieces) piece = 0, row++;
+        if (++piece == pieces) piece = 0, row += STRIDE;
     };
 #pragma unroll 1
     for (int from = 0; from < count; from += BATCH) {
@@ -129,16 +139,16 @@ DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormW
             if (inside) put_raw(vectors + 2 * first_row * stride + chunk_place(at / 8), stride, x[i]);
             largest = __reduce_max_sync(ALL_LANES, largest);
             if (lane == 0) {
-                staged.squares[first_row][warp] += squares;
-                staged.largest[warp][first_row] = max(staged.largest[warp][first_row], largest);
+                staged.squares[first_row][own] += squares;
+                staged.largest[own][first_row] = max(staged.largest[own][first_row], largest);
             }
             advance(first_row, first_piece);
         }
     }
     __syncwarp();
 #pragma unroll 1
-    for (int r = 0; r < in.rows; r++) {
-        float scale = scale_of(staged.largest[warp][r], format);
+    for (int r = warp / SHARES; r < in.rows; r += STRIDE) {
+        float scale = scale_of(staged.largest[own][r], format);
 #pragma unroll 1
         for (int k = share.begin + lane * 8; k < share.end; k += PIECE)
             split_raw(vectors + 2 * r * stride + chunk_place(k / 8), stride, scale, format);
@@ -157,16 +167,16 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 // The tiles of a block, every `grid`-th from `index` on, and how its warps share them.
 struct Plan {
     int tiles, index, grid;
-    int ways;  // warps of a tile; 1 if they are more than four, else as many as there are warps for
+    int ways;  // warps of a tile, as many as there are warps for
 
     DEVICE static Plan of(int tiles, int index, int grid) {
         int each = (tiles + grid - 1) / grid;
-        int ways = each <= 1 ? 8 : each == 2 ? 4 : each <= 4 ? 2 : 1;
+        int ways = each <= WARPS / 8 ? 8 : each <= WARPS / 4 ? 4 : each <= WARPS / 2 ? 2 : 1;
         return {tiles, index, grid, ways};
     }
     DEVICE int first() const { return index + (threadIdx.x >> 5) / ways * grid; }
     DEVICE int step() const { return WARPS / ways * grid; }
-    DEVICE int shares() const { return WARPS / ways; }  // of a warp in a tile
+    DEVICE int shares() const { return SHARES / ways; }  // of a warp in a tile
     DEVICE int first_share() const { return (threadIdx.x >> 5) % ways * shares(); }
 };
 
@@ -180,7 +190,7 @@ struct Stream {
     Tile tile;
     int next, at, stop;    // where to go on
 
-    DEVICE Stream(const Work& work, const Input& in, const Plan& plan, int format, uint4* memory)
+    DEVICE Stream(const Work& work, const Input& in, const Plan& plan, int format, uint4* memory, bool fill = true)
         : work(work), format(format) {
         int warp = threadIdx.x >> 5;
         depth = in.depth, slots = (Slot*)memory + warp * depth;
@@ -191,7 +201,7 @@ struct Stream {
         at = stop = 0;
         open();
 #pragma unroll 1
-        for (int slot = 0; slot < depth; slot++) put(slot);
+        for (int slot = 0; slot < depth && fill; slot++) put(slot);
     }
     DEVICE void open() {
         if (next < tiles) tile = work.tile(next), at = begin, stop = min(begin + size, end);
@@ -211,11 +221,11 @@ struct Stream {
 
 // Multiplies the block's tiles. A Work also has
 //   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
-//   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
+//   finish(prepared, staged, value, real): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
 // prepared: the warp's first tile's. exchange: [WARPS, 2 SETS, 32] floats. Needs all shares staged, and a barrier
-// between, unless a tile is shared by all warps.
+// between. real: else a pass of the first tile, whose result is not stored.
 template <int SETS, typename Work>
-DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<Work>& stream, const Work& work,
+DEVICE void multiply_tiles(bool real, const Input& in, const Plan& plan, Stream<Work>& stream, const Work& work,
                            typename Work::Prepared prepared, const uint8_t* vectors, const Staged& staged, float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, columns[SETS];
 #pragma unroll
@@ -230,14 +240,15 @@ DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<Work>& stre
         float value[2 * SETS] = {}, level[3][2 * SETS];
         int begin = stream.begin;
 #pragma unroll 1
-        for (int share = 0; valid && share < plan.shares(); share++) {
+        for (int share = 0; valid && share < (real ? plan.shares() : 1); share++) {
             int end = min(begin + stream.size, stream.end);
             Sums<SETS> sums;
             sums.clear();
 #pragma unroll 1
             for (int at = begin; at < end; at += PASS) {
-                wait_for_pass(stream.depth);
+                if (real) wait_for_pass(stream.depth);
                 multiply<SETS>(sums, stream.slots[slot], stream.format, at, begin, end, vectors, columns);
+                if (!real) break;
                 __syncwarp();
                 stream.put(slot);
                 slot = slot + 1 == stream.depth ? 0 : slot + 1;
@@ -262,15 +273,15 @@ DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<Work>& stre
             valid = valid && warp % plan.ways == 0;
 #pragma unroll
             for (int i = 0; i < 2 * SETS; i++) {
-                float v[WARPS];
+                float v[SHARES];
 #pragma unroll
-                for (int w = 0; w < WARPS; w++)
+                for (int w = 0; w < SHARES; w++)
                     v[w] = w < plan.ways && valid ? exchange[((warp + w) * 2 * SETS + i) * 32 + lane] : 0.f;
                 value[i] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
             }
         }
-        if (valid) work.finish(prepared, staged, value);
-        if (index + plan.step() >= plan.tiles) break;
+        if (valid) work.finish(prepared, staged, value, real);
+        if (!real || index + plan.step() >= plan.tiles) break;
         prepared = work.prepare(index + plan.step());
         work.ask(prepared);
     }
