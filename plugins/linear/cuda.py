@@ -22,7 +22,6 @@ SET_ROWS = 4  # rows that a tensor core multiplies at a time; kernels of more ar
 WARPS = 8  # of a block (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
 SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
-MAX_DEPTH = 6  # passes that a warp has under way
 MAX_EXPERTS = 512
 STATIC = (2560, 4608)  # bytes of shared memory that the kernels declare, for up to four rows and for more
 
@@ -77,17 +76,16 @@ class Input(Structure):
         ("head_parts", c_int),
         ("k", c_int),
         ("rows", c_int),
-        ("depth", c_int),
+        ("slots", c_int),
         ("late", c_int),
     ]
 
     def fit(self, room: int, shared_limit: int) -> int:
-        """Sets `depth`: as many passes as a room has space for, two at least, if the device has that much. -> bytes of
-        dynamic shared memory, of the whole room if there is one."""
-        staged, one = int(self.rows) * row_bytes(self.k), WARPS * SLOT
-        depth = min(max((room - staged) // one, 2), MAX_DEPTH)
-        self.depth = min(depth, (shared_limit - staged) // one)
-        return max(staged + int(self.depth) * one, room)
+        """Sets `slots`: as many passes as a room has space for, two a warp at least, if the device has that much. ->
+        bytes of dynamic shared memory, of the whole room if there is one."""
+        staged = int(self.rows) * row_bytes(self.k)
+        self.slots = min(max((room - staged) // SLOT, 2 * WARPS), (shared_limit - staged) // SLOT)
+        return max(staged + int(self.slots) * SLOT, room)
 
 
 class Part(Structure):
@@ -177,6 +175,7 @@ class LinearDecode:
         for i, part in enumerate(parts):
             arguments.parts[i] = part
         own = room - STATIC[given.rows > SET_ROWS] if room else self.shared_limit // 2 - STATIC[True]
-        blocks, shared = sum(part.blocks for part in parts), arguments.input.fit(own, self.shared_limit)
+        shared = arguments.input.fit(own, self.shared_limit)
+        blocks = self.multiprocessors if room else sum(part.blocks for part in parts)
         kernel = self.module.kernel("linear_4" if given.rows <= SET_ROWS else "linear_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)

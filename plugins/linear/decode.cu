@@ -75,7 +75,7 @@ struct LinearWork {
             if (row < a.input.rows && n < s.n) p.residual[i] = __ldcg(a.residual + (int64_t)(from + row) * s.out_stride + n);
         }
     }
-    DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS], bool real) const {
+    DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
         const Segment& s = a.segments.segment[p.segment];
         int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
         float factor = factor_of(p.scale_2, part.format), factor_up = factor_of(p.scale_2_up, part.format);
@@ -86,10 +86,10 @@ struct LinearWork {
             float rms = rms_factor(staged, a.input, row), low = value[2 * set], high = value[2 * set + 1];
             float* out = (float*)s.out + (int64_t)(s.ring_mask ? (p.position + row) & s.ring_mask : row) * s.out_stride + n;
             if (s.epilogue == SWIGLU) {
-                if (real && n < s.n) *out = silu(low * (rms * factor)) * (high * (rms * factor_up));
+                if (n < s.n) *out = silu(low * (rms * factor)) * (high * (rms * factor_up));
             } else {
-                if (real && n < s.n) *out = low * (rms * factor) + p.residual[2 * set];
-                if (real && n + 8 < s.n) out[8] = high * (rms * factor) + p.residual[2 * set + 1];
+                if (n < s.n) *out = low * (rms * factor) + p.residual[2 * set];
+                if (n + 8 < s.n) out[8] = high * (rms * factor) + p.residual[2 * set + 1];
             }
         }
     }
@@ -104,29 +104,28 @@ DEVICE void linear_rows(const LinearArguments& a) {
     if (!in.late) launch_next();
     int i = 0;
 #pragma unroll 1
-    while (blockIdx.x >= a.parts[i].first_block + a.parts[i].blocks) i++;
+    while (i < MAX_PARTS && blockIdx.x >= a.parts[i].first_block + a.parts[i].blocks) i++;
+    if (i == MAX_PARTS) {  // a block that only takes its room
+        wait_for_previous();
+        if (in.late) launch_next();
+        return;
+    }
     const Part& part = a.parts[i];
     const LinearWork<SETS> work = {a, part};
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + WARPS * in.depth);
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
     Plan plan = Plan::of(part.tiles, blockIdx.x - part.first_block, part.blocks);
     Stream<LinearWork<SETS>> stream(work, in, plan, part.format, shared_memory);
     NormWeight weight;
-    weight.load(in, share_of(in.k, threadIdx.x / 32 % SHARES));
+    weight.load(in, share_of(in.k, threadIdx.x / 32));
     typename LinearWork<SETS>::Prepared prepared = {};
     bool first = plan.first() < plan.tiles;
     if (first) prepared = work.prepare(plan.first());
-#pragma unroll 1
-    for (int turn = FIRST_TURN; turn < 2; turn++) {
-        if (turn) {
-            wait_for_previous();
-            if (in.late) launch_next();
-        }
-        if (first) work.ask(prepared);
-        stage(vectors, staged, in, weight, part.format);
-        __syncthreads();
-        multiply_tiles<SETS>(turn, in, plan, stream, work, prepared, vectors, staged, exchange);
-        if (!turn) __syncthreads();
-    }
+    wait_for_previous();
+    if (in.late) launch_next();
+    if (first) work.ask(prepared);
+    stage(vectors, staged, in, weight, part.format);
+    __syncthreads();
+    multiply_tiles<SETS>(in, plan, stream, work, prepared, vectors, staged, exchange);
     if (!a.normed || blockIdx.x) return;
     for (int row = 0; row < in.rows; row++) {
         float rms = rms_factor(staged, in, row);

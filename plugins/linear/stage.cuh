@@ -4,22 +4,14 @@
 // that a tile may be one warp's or shared by two, four or eight: the bits are the same. A block leaves room on its
 // multiprocessor: the next kernel's moves in while this one works and starts fetching its weights, which keeps memory
 // busy through what kernels spend waiting for each other.
-//
-// A block goes twice through its code: once before the wait, on whatever it finds and storing nothing, so that the code
-// is at hand when it matters. Else a round's kernels, each run once, wait for their instructions longer than for data.
 #pragma once
 #include "tile.cuh"
 
 #ifndef RESIDENT
 #define RESIDENT 2
 #endif
-#ifndef WARPS
-#define WARPS 8
-#endif
-#ifndef FIRST_TURN
-#define FIRST_TURN 0
-#endif
-constexpr int SHARES = 8;  // of k
+constexpr int WARPS = 8;
+constexpr int SHARES = WARPS;  // of k: a warp stages one
 constexpr int THREADS = 32 * WARPS;
 constexpr int PIECE = 256;  // k that a warp stages at a time: eight values a lane
 
@@ -34,7 +26,7 @@ struct Input {
     int head_parts;
     int k;
     int rows;
-    int depth;                  // passes that a warp has under way, 1 to MAX_DEPTH
+    int slots;                  // passes that a block has room for, one a warp at least
     int late;                   // start the next kernel only after the wait (see common.cuh)
 };
 
@@ -77,19 +69,17 @@ struct NormWeight {
     }
 };
 
-// A share of every row, or of every second one where two warps stage a share. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
+// The warp's share of all rows. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
 // applied to the product.
 DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormWeight& weight, int format) {
     constexpr int BATCH = 4;  // pieces of rows whose loads wait together
-    constexpr int STRIDE = WARPS / SHARES;  // of the warp's rows
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k), own = warp % SHARES;
-    Share share = share_of(in.k, own);
-    int first_row = warp / SHARES, first_piece = 0, rows = (in.rows - first_row + STRIDE - 1) / STRIDE;
-    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, count = rows * pieces;
-    if (lane < rows) staged.squares[lane * STRIDE + first_row][own] = 0.f, staged.largest[own][lane * STRIDE + first_row] = 0;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k), first_row = 0, first_piece = 0;
+    Share share = share_of(in.k, warp);
+    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, count = in.rows * pieces;
+    if (lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
     __syncwarp();
     auto advance = [&](int& row, int& piece) {
-        if (++piece == pieces) piece = 0, row += STRIDE;
+        if (++piece == pieces) piece = 0, row++;
     };
 #pragma unroll 1
     for (int from = 0; from < count; from += BATCH) {
@@ -139,16 +129,16 @@ DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormW
             if (inside) put_raw(vectors + 2 * first_row * stride + chunk_place(at / 8), stride, x[i]);
             largest = __reduce_max_sync(ALL_LANES, largest);
             if (lane == 0) {
-                staged.squares[first_row][own] += squares;
-                staged.largest[own][first_row] = max(staged.largest[own][first_row], largest);
+                staged.squares[first_row][warp] += squares;
+                staged.largest[warp][first_row] = max(staged.largest[warp][first_row], largest);
             }
             advance(first_row, first_piece);
         }
     }
     __syncwarp();
 #pragma unroll 1
-    for (int r = warp / SHARES; r < in.rows; r += STRIDE) {
-        float scale = scale_of(staged.largest[own][r], format);
+    for (int r = 0; r < in.rows; r++) {
+        float scale = scale_of(staged.largest[warp][r], format);
 #pragma unroll 1
         for (int k = share.begin + lane * 8; k < share.end; k += PIECE)
             split_raw(vectors + 2 * r * stride + chunk_place(k / 8), stride, scale, format);
@@ -167,12 +157,13 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 // The tiles of a block, every `grid`-th from `index` on, and how its warps share them.
 struct Plan {
     int tiles, index, grid;
-    int ways;  // warps of a tile, as many as there are warps for
+    int ways;    // warps of a tile, as many as there are warps for
+    int active;  // warps with a tile: 0..active - 1
 
     DEVICE static Plan of(int tiles, int index, int grid) {
         int each = (tiles + grid - 1) / grid;
         int ways = each <= WARPS / 8 ? 8 : each <= WARPS / 4 ? 4 : each <= WARPS / 2 ? 2 : 1;
-        return {tiles, index, grid, ways};
+        return {tiles, index, grid, ways, min(each * ways, WARPS)};
     }
     DEVICE int first() const { return index + (threadIdx.x >> 5) / ways * grid; }
     DEVICE int step() const { return WARPS / ways * grid; }
@@ -190,18 +181,18 @@ struct Stream {
     Tile tile;
     int next, at, stop;    // where to go on
 
-    DEVICE Stream(const Work& work, const Input& in, const Plan& plan, int format, uint4* memory, bool fill = true)
+    DEVICE Stream(const Work& work, const Input& in, const Plan& plan, int format, uint4* memory)
         : work(work), format(format) {
         int warp = threadIdx.x >> 5;
-        depth = in.depth, slots = (Slot*)memory + warp * depth;
+        depth = min(in.slots / plan.active, MAX_DEPTH), slots = (Slot*)memory + warp * depth;
         tiles = plan.tiles, step = plan.step();
         size = bytes_of(share_size(in.k), format), end = bytes_of(in.k, format);
         begin = min(plan.first_share() * size, end), end = min(begin + plan.shares() * size, end);
-        next = begin < end ? plan.first() : tiles;
+        next = begin < end && warp < plan.active ? plan.first() : tiles;
         at = stop = 0;
         open();
 #pragma unroll 1
-        for (int slot = 0; slot < depth && fill; slot++) put(slot);
+        for (int slot = 0; slot < depth; slot++) put(slot);
     }
     DEVICE void open() {
         if (next < tiles) tile = work.tile(next), at = begin, stop = min(begin + size, end);
@@ -221,11 +212,11 @@ struct Stream {
 
 // Multiplies the block's tiles. A Work also has
 //   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
-//   finish(prepared, staged, value, real): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
+//   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
 // prepared: the warp's first tile's. exchange: [WARPS, 2 SETS, 32] floats. Needs all shares staged, and a barrier
-// between. real: else a pass of the first tile, whose result is not stored.
+// between.
 template <int SETS, typename Work>
-DEVICE void multiply_tiles(bool real, const Input& in, const Plan& plan, Stream<Work>& stream, const Work& work,
+DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<Work>& stream, const Work& work,
                            typename Work::Prepared prepared, const uint8_t* vectors, const Staged& staged, float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, columns[SETS];
 #pragma unroll
@@ -236,19 +227,18 @@ DEVICE void multiply_tiles(bool real, const Input& in, const Plan& plan, Stream<
     int slot = 0;
 #pragma unroll 1
     for (int index = plan.first();; index += plan.step()) {
-        bool valid = index < plan.tiles;
+        bool valid = index < plan.tiles && warp < plan.active;
         float value[2 * SETS] = {}, level[3][2 * SETS];
         int begin = stream.begin;
 #pragma unroll 1
-        for (int share = 0; valid && share < (real ? plan.shares() : 1); share++) {
+        for (int share = 0; valid && share < plan.shares(); share++) {
             int end = min(begin + stream.size, stream.end);
             Sums<SETS> sums;
             sums.clear();
 #pragma unroll 1
             for (int at = begin; at < end; at += PASS) {
-                if (real) wait_for_pass(stream.depth);
+                wait_for_pass(stream.depth);
                 multiply<SETS>(sums, stream.slots[slot], stream.format, at, begin, end, vectors, columns);
-                if (!real) break;
                 __syncwarp();
                 stream.put(slot);
                 slot = slot + 1 == stream.depth ? 0 : slot + 1;
@@ -280,8 +270,8 @@ DEVICE void multiply_tiles(bool real, const Input& in, const Plan& plan, Stream<
                 value[i] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
             }
         }
-        if (valid) work.finish(prepared, staged, value, real);
-        if (!real || index + plan.step() >= plan.tiles) break;
+        if (valid) work.finish(prepared, staged, value);
+        if (index + plan.step() >= plan.tiles) break;
         prepared = work.prepare(index + plan.step());
         work.ask(prepared);
     }

@@ -114,12 +114,14 @@ DEVICE void fetch(Slot& slot, const Tile& tile, int at, int end, int format) {
 }
 
 // Waits for the oldest of `depth` passes.
-constexpr int MAX_DEPTH = 6;
+constexpr int MAX_DEPTH = 8;
 DEVICE void wait_for_pass(int depth) {
-    if (depth == 6) copy_wait<5>();
+    if (depth == 8) copy_wait<7>();
+    else if (depth == 6) copy_wait<5>();
     else if (depth == 4) copy_wait<3>();
-    else if (depth == 3) copy_wait<2>();
+    else if (depth == 7) copy_wait<6>();
     else if (depth == 5) copy_wait<4>();
+    else if (depth == 3) copy_wait<2>();
     else if (depth == 2) copy_wait<1>();
     else copy_wait<0>();
     __syncwarp();

@@ -43,7 +43,7 @@ struct UpWork {
         return p;
     }
     DEVICE void ask(Prepared&) const {}
-    DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS], bool real) const {
+    DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
         int n = p.first + ((threadIdx.x & 31) >> 2);
 #pragma unroll
         for (int set = 0; set < SETS; set++) {
@@ -54,7 +54,7 @@ struct UpWork {
             float rms = rms_factor(staged, a.input, row);
             float gate = value[2 * set] * (rms * factor_of(p.scale_2, a.format));
             float up = value[2 * set + 1] * (rms * factor_of(p.scale_2_up, a.format));
-            if (real) a.act[(int64_t)(row * TOP_K + slot) * a.inner + n] = silu(gate) * up;
+            a.act[(int64_t)(row * TOP_K + slot) * a.inner + n] = silu(gate) * up;
         }
     }
 };
@@ -68,29 +68,21 @@ DEVICE void up_rows(const UpArguments& a) {
     __shared__ float exchange[WARPS * 2 * SETS * 32];
     const Input& in = a.input;
     const UpWork<SETS> work = {a, chosen};
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + WARPS * in.depth);
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
     int warp = threadIdx.x >> 5;
     NormWeight weight;
-    weight.load(in, share_of(in.k, warp % SHARES));
-#pragma unroll 1
-    for (int turn = FIRST_TURN; turn < 2; turn++) {
-        if (turn) {
-            wait_for_previous();
-            launch_next();
-        }
-        Keys keys;
-        if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
-        if (warp >= in.rows) stage(vectors, staged, in, weight, a.format);
-        choose_experts(chosen, keys, in.rows, false);
-        Plan plan = Plan::of(chosen.count * work.tiles_of_item(), blockIdx.x, gridDim.x);
-        Stream<UpWork<SETS>> stream(work, in, plan, a.format, shared_memory, turn);
-        PreparedAct prepared = {};
-        if (plan.first() < plan.tiles) prepared = work.prepare(plan.first());
-        if (warp < in.rows) stage(vectors, staged, in, weight, a.format);
-        __syncthreads();
-        multiply_tiles<SETS>(turn, in, plan, stream, work, prepared, vectors, staged, exchange);
-        if (!turn) __syncthreads();
-    }
+    weight.load(in, share_of(in.k, warp));
+    wait_for_previous();
+    launch_next();
+    Keys keys;
+    if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
+    stage(vectors, staged, in, weight, a.format);  // now: the rows would queue up behind the weights
+    choose_experts(chosen, keys, in.rows, false);
+    Plan plan = Plan::of(chosen.count * work.tiles_of_item(), blockIdx.x, gridDim.x);
+    Stream<UpWork<SETS>> stream(work, in, plan, a.format, shared_memory);
+    PreparedAct prepared = {};
+    if (plan.first() < plan.tiles) prepared = work.prepare(plan.first());
+    multiply_tiles<SETS>(in, plan, stream, work, prepared, vectors, staged, exchange);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_8(const __grid_constant__ UpArguments a) { up_rows<2>(a); }
@@ -184,9 +176,7 @@ DEVICE void down_rows(const DownArguments& a) {
     int tile_row = threadIdx.x % TILE, row = threadIdx.x / TILE, n = first + tile_row;
     bool finishing = row < a.rows && n < a.hidden;
     float gate = 0.f, residual = 0.f;
-#pragma unroll 1
-    for (int turn = FIRST_TURN; turn < 2; turn++) {
-    if (turn) wait_for_previous();
+    wait_for_previous();
     if (finishing) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
     for (int from = warp; from < pairs + a.rows; from += AT_ONCE * DOWN_WARPS) {  // stage what the rows' experts made
         uint32_t largest[AT_ONCE] = {};
@@ -241,9 +231,8 @@ DEVICE void down_rows(const DownArguments& a) {
         sums.clear();
 #pragma unroll 1
         for (int at = 0; at < end; at += PASS) {
-            if (turn) wait_for_pass(a.depth);
+            wait_for_pass(a.depth);
             multiply(sums, slots[slot], format, at, 0, end, vectors, columns);
-            if (!turn) break;
             __syncwarp();
             fetch_next(slot);
             slot = slot + 1 == a.depth ? 0 : slot + 1;
@@ -256,17 +245,14 @@ DEVICE void down_rows(const DownArguments& a) {
             parts[pair][g] = sums.total(s, 0) * (unscale[pair] * factor);
             parts[pair][g + 8] = sums.total(s, 1) * (unscale[pair] * factor);
         }
-        if (!turn) break;
         scale_2 = scale_2_of(item + DOWN_WARPS);
     }
     __syncthreads();
-    if (!turn) __syncthreads();
-    if (!finishing) continue;
+    if (!finishing) return;
     float y = sigmoid(gate) * parts[pairs + row][tile_row];
 #pragma unroll
     for (int j = 0; j < TOP_K; j++) y += chosen.weight[row][j] * parts[row * TOP_K + j][tile_row];
-    if (turn) a.x[(int64_t)row * a.hidden + n] = residual + y;
-    }
+    a.x[(int64_t)row * a.hidden + n] = residual + y;
 }
 KERNEL __launch_bounds__(32 * DOWN_WARPS, 2) experts_down_4(const __grid_constant__ DownArguments a) { down_rows<1>(a); }
 KERNEL __launch_bounds__(32 * DOWN_WARPS, 2) experts_down_8(const __grid_constant__ DownArguments a) { down_rows<2>(a); }
