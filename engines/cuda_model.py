@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from runtime.sampling import SamplingConfig
 
 LEAST_CAPABILITY = (8, 0)
-STATIC_SHARED = 8 << 10  # bytes of a block's shared memory that kernels declare themselves, at most
+STATIC_SHARED = 9 << 10  # bytes of a block's shared memory that kernels declare themselves, at most
 # Of a multiprocessor's shared memory, kept for short kernels; the rest is for a large room and a small one.
 SPARE_SHARED, LARGE_PERCENT = 10 << 10, 56
 DRAFT_HEAD = "mtp.draft_head"  # the quantized copy of a bfloat16 lm_head
@@ -70,7 +70,8 @@ class Gpu:
         """
         total = self.shared_bytes + 1024 - SPARE_SHARED
         large = total * LARGE_PERCENT // 100
-        return (large, total - large) if rows == 1 else (total - large, large)  # many rows: the large one for experts_down
+        # Of several rows experts_down stages most: it comes last in a layer and gets the large room.
+        return (large, total - large) if rows == 1 else (total - large, large)
 
     @classmethod
     def current(cls) -> Gpu:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import silu
 
 from plugins import nvfp4
 from plugins.linear import cuda as linear
-from plugins.linear.cuda import ADD, FORMATS, STORE, SWIGLU, Input, LinearDecode, Segment
+from plugins.linear.cuda import ADD, FORMATS, STORE, SWIGLU, Input, LinearDecode, Segment, parts_of
 from plugins.moe_experts import cuda as experts
 from plugins.moe_experts.cuda import DownArguments, ExpertsDecode, UpArguments
 from tests.backends import BACKENDS, Backend
@@ -59,9 +61,9 @@ def kernels(backend: Backend, shared_limit: int = SHARED) -> LinearDecode:
     return LinearDecode(backend.module(linear.SOURCE, {}), MULTIPROCESSORS, shared_limit)
 
 
-def assert_close(out: torch.Tensor, expected: torch.Tensor, rtol: float = RTOL) -> None:
+def assert_close(out: torch.Tensor, expected: torch.Tensor, rtol: float = RTOL, least: Any = 0.0) -> None:
     difference = (out.cpu().double() - expected).abs()
-    scale = expected.abs().max()
+    scale = max(expected.abs().max(), least)
     assert not difference.isnan().any()
     assert difference.max() <= rtol * scale, (
         f"largest {difference.max() / scale:.2e}, mean {difference.mean() / scale:.2e}"
@@ -78,12 +80,29 @@ def test_a_product(backend: Backend, format: str, k: int, n: int) -> None:
     arguments = Input(x=given.data_ptr(), x_stride=k, k=k, rows=rows)
     kernels(backend).linear(arguments, [segment(matrix, out)], backend.stream)
     backend.sync()
-    assert_close(out, x.double() @ matrix.exact.T)
+    # Of sums with a single output the largest may be small by chance: the sizes of the summands count.
+    summands = (x.double().abs() @ matrix.exact.T.abs()).max() / k**0.5
+    assert_close(out, x.double() @ matrix.exact.T, least=summands)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     x = x.double()
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * (1 + weight.double())
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(FORMATS.values())), st.integers(1, 5000)), min_size=1, max_size=4))
+def test_a_launch_s_blocks_are_divided_by_format(sizes: list[tuple[int, int]]) -> None:
+    """Every tile is some part's, every part has blocks of its own, and no block could be spared by another."""
+    segments = [Segment(format=format, n=n) for format, n in sorted(sizes)]
+    parts = parts_of(segments, 132)
+    assert [int(part.tiles) for part in parts] == [
+        sum(s.tiles for s in segments if s.format == format) for format in sorted({s.format for s in segments})
+    ]
+    assert all(1 <= part.blocks <= part.tiles for part in parts)
+    firsts = [int(part.first_block) for part in parts]
+    assert firsts == [sum(int(part.blocks) for part in parts[:i]) for i in range(len(parts))]
+    assert sum(int(part.blocks) for part in parts) == min(132, sum(int(part.tiles) for part in parts))
+    assert [i for part in parts for i in range(part.first_segment, part.end_segment)] == list(range(len(segments)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

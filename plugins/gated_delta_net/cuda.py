@@ -99,7 +99,8 @@ class GatedDeltaNet:
         self._grid = (sizes.head_v_dim // columns, sizes.num_v_heads, 1)
         self._block = (columns * lanes, 1, 1)
         slot = 2 * sizes.head_k_dim + columns + 4  # floats of a prepared row (recurrence.cuh)
-        self._static = 4 * (sizes.head_k_dim * columns + MAX_ROWS * (slot + columns))  # shared memory that gdn_decode declares
+        # Bytes of shared memory that gdn_decode declares.
+        self._static = 4 * (sizes.head_k_dim * columns + MAX_ROWS * (slot + columns))
 
     def decode(
         self,

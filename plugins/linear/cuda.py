@@ -7,6 +7,7 @@ kernels.linear(Input(x=…, k=2048, rows=3, …), [Segment(weight=…, n=8192, �
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int, c_void_p
 from pathlib import Path
@@ -126,7 +127,7 @@ def parts_of(segments: Sequence[Segment], most_blocks: int) -> list[Part]:
 
     for _ in range(len(parts), min(most_blocks, sum(part.tiles for part in parts))):
         max((part for part in parts if part.blocks < part.tiles), key=bytes_of_block).blocks += 1
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in itertools.pairwise(parts):
         following.first_block = part.first_block + part.blocks
     return parts
 

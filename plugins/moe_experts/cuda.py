@@ -11,7 +11,7 @@ from plugins.linear.cuda import MAX_EXPERTS, SET_ROWS, SLOT, STATIC, TILE, WARPS
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS = 12
 PASS_BYTES = DOWN_WARPS * SLOT
-ROUTING_BYTES, DOWN_STATIC = 1344, 6192  # of shared memory that the kernels declare
+ROUTING_BYTES, DOWN_STATIC = 1344, 6192  # of shared memory that the kernels declare, and four for each expert
 MAX_DOWN_DEPTH = 4  # passes that a warp has under way
 MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 
@@ -61,7 +61,7 @@ class ExpertsDecode:
         """room: see LinearDecode.linear."""
         given = arguments.input
         most = min(int(given.rows) * self.top_k, self.num_experts) * -(-arguments.inner // 8)
-        own = max(room - STATIC[given.rows > SET_ROWS] - ROUTING_BYTES, 0)
+        own = max(room - STATIC[given.rows > SET_ROWS] - ROUTING_BYTES - 4 * self.num_experts, 0)
         blocks, shared = min(most, self.multiprocessors), given.fit(own, self.shared_limit)
         kernel = self.module.kernel("experts_up_4" if given.rows <= SET_ROWS else "experts_up_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)
@@ -69,7 +69,7 @@ class ExpertsDecode:
     def down(self, arguments: DownArguments, stream: int, room: int = 0) -> None:
         rows = int(arguments.rows)
         staged = self.staged_bytes(rows, int(arguments.inner), int(arguments.shared_inner))
-        own = max(room - DOWN_STATIC, 0)
+        own = max(room - DOWN_STATIC - 4 * self.num_experts, 0)
         depth = min(max((own - staged) // PASS_BYTES, 2), MAX_DOWN_DEPTH)
         arguments.depth = min(depth, (self.shared_limit - staged) // PASS_BYTES)
         shared = max(staged + int(arguments.depth) * PASS_BYTES, own)

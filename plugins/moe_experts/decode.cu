@@ -59,7 +59,6 @@ struct UpWork {
     }
 };
 
-// Starts the next kernel only after the wait: experts_down reads the router's logits before its own.
 template <int SETS>
 DEVICE void up_rows(const UpArguments& a) {
     extern __shared__ uint4 shared_memory[];
@@ -73,13 +72,13 @@ DEVICE void up_rows(const UpArguments& a) {
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
     wait_for_previous();
-    launch_next();
     Keys keys;
     if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
     stage(vectors, staged, in, weight, a.format);  // now: the rows would queue up behind the weights
     choose_experts(chosen, keys, in.rows, false);
     Plan plan = Plan::of(chosen.count * work.tiles_of_item(), blockIdx.x, gridDim.x);
     Stream<UpWork<SETS>> stream(work, in, plan, a.format, shared_memory);
+    launch_next();  // not before: experts_down reads the router's logits at once, and its weights would come first
     PreparedAct prepared = {};
     if (plan.first() < plan.tiles) prepared = work.prepare(plan.first());
     multiply_tiles<SETS>(in, plan, stream, work, prepared, vectors, staged, exchange);

@@ -19,6 +19,7 @@ struct Chosen {
     signed char slot[MAX_ITEMS][ROUTED_ROWS];  // place of this expert among a row's, or -1
     int ids[MAX_ITEMS];                    // [row, place]
     float weight[ROUTED_ROWS][TOP_K];
+    int earliest[NUM_EXPERTS];             // pair that chose an expert
 };
 
 // A float's bits as an unsigned integer of the same order.
@@ -128,23 +129,6 @@ DEVICE void pick_experts(Keys& keys, int* ids, float* weights) {
         if (lane == j) weights[j] = weight[j] / total;
 }
 
-// One warp: for two pairs a lane, 32 apart, the earliest pair with the same expert.
-DEVICE void find_earliest(const int* ids, int pairs, int (&earliest)[2]) {
-    int lane = threadIdx.x & 31, id[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) earliest[h] = h * 32 + lane, id[h] = earliest[h] < pairs ? ids[earliest[h]] : -1;
-#pragma unroll
-    for (int h = 1; h >= 0; h--) {
-        if (h * 32 >= pairs) continue;
-#pragma unroll 8
-        for (int i = 31; i >= 0; i--) {
-            int other = __shfl_sync(ALL_LANES, id[h], i);
-            if (other == id[0] && h * 32 + i < earliest[0]) earliest[0] = h * 32 + i;
-            if (other == id[1] && h * 32 + i < earliest[1]) earliest[1] = h * 32 + i;
-        }
-    }
-}
-
 // Called by all threads of a block of at least ROUTED_ROWS warps. keys: of row `warp`, in the warps below `rows`.
 DEVICE void choose_experts(Chosen& chosen, Keys& keys, int rows, bool weights) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -159,15 +143,20 @@ DEVICE void choose_experts(Chosen& chosen, Keys& keys, int rows, bool weights) {
         return;
     }
     for (int i = threadIdx.x; i < MAX_ITEMS * ROUTED_ROWS / 4; i += blockDim.x) ((uint32_t*)chosen.slot)[i] = 0xffffffffu;
+    for (int i = threadIdx.x; i < NUM_EXPERTS; i += blockDim.x) chosen.earliest[i] = MAX_ITEMS;
     __syncthreads();
-    if (warp == 0) {
+    if (warp == 0) {  // two pairs a lane, 32 apart
         int pairs = rows * TOP_K, earliest[2];
-        find_earliest(chosen.ids, pairs, earliest);
         uint32_t firsts[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (h * 32 + lane < pairs) atomicMin(&chosen.earliest[chosen.ids[h * 32 + lane]], h * 32 + lane);
+        __syncwarp();
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int pair = h * 32 + lane;
-            firsts[h] = __ballot_sync(ALL_LANES, pair < pairs && earliest[h] == pair);
+            earliest[h] = pair < pairs ? chosen.earliest[chosen.ids[pair]] : -1;
+            firsts[h] = __ballot_sync(ALL_LANES, earliest[h] == pair);
         }
 #pragma unroll
         for (int h = 0; h < 2; h++) {

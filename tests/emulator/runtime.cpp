@@ -287,9 +287,7 @@ void emulator_yield() { suspend(); }
 
 void emulator_wait_for_previous() { current->waited = true; }
 
-void emulator_launch_next() {
-    current->launched = true;
-}
+void emulator_launch_next() { current->launched = true; }
 
 void emulator_barrier(unsigned barrier, unsigned count) {
     if (barrier >= BARRIERS) emulator_fail("a block has 16 barriers");
