@@ -36,7 +36,7 @@ class Matrix:
             self.exact = weight.double()
             stored = [weight.view(torch.int16)]
         elif format == "fp8":
-            weight = (torch.randn(*shape) * 100).to(torch.float8_e4m3fn)
+            weight = (torch.randn(*shape) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)  # beyond 464 lies NaN
             scale_2 = torch.rand((*lead, 1)) / 100
             self.exact = weight.double() * scale_2.double()
             stored = [weight.view(torch.uint8), torch.zeros(1), scale_2]
