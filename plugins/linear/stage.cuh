@@ -7,9 +7,7 @@
 #pragma once
 #include "tile.cuh"
 
-#ifndef RESIDENT
-#define RESIDENT 2
-#endif
+constexpr int RESIDENT = 2;  // blocks on a multiprocessor: this kernel's and the next one's
 constexpr int WARPS = 8;
 constexpr int SHARES = WARPS;  // of k: a warp stages one
 constexpr int THREADS = 32 * WARPS;
