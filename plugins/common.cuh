@@ -76,22 +76,10 @@ DEVICE float half_high(uint32_t pair) { return half_to_float((uint16_t)(pair >> 
 // The largest finite float16 instead of infinity.
 DEVICE float clamp_half(float value) { return fminf(fmaxf(value, -65504.f), 65504.f); }
 
-DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-    uint32_t product;
-    asm("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 %0, %1, %2, zero; }" : "=r"(product) : "r"(a), "r"(b));
-    return product;
-}
-
 DEVICE uint32_t mul_half2(uint32_t a, uint32_t b) {
     uint32_t product;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
-}
-
-// One E4M3 byte, subnormals included; NaN codes read as 480.
-DEVICE float e4m3_to_float(uint32_t byte) {
-    uint32_t bits = ((byte & 0x7fu) << 20) | ((byte & 0x80u) << 24);
-    return __uint_as_float(bits) * 1.329227995784916e36f;  // 2^120: the difference of the exponents' biases
 }
 
 // A float as an E4M3 byte: to nearest even, what is too large (and NaN) as 448.

@@ -207,7 +207,13 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+OF_CPU = ("model", "prompts", "max_new_tokens", "repeats", "threads")
+OF_GPU = ("config", "simulate_acceptance", "contexts", "profile", "draft_vocab", "fp8_cache")
+
+
 def bench_cuda(options: argparse.Namespace) -> None:
+    import torch
+
     from engines.cuda_model import Gpu, Options
     from runtime import bench_cuda as cuda
 
@@ -217,13 +223,16 @@ def bench_cuda(options: argparse.Namespace) -> None:
     if wrong := [context for context in options.contexts or () if context < 1]:
         raise UserError(f"--contexts {wrong[0]}: expected at least 1")
     settings = Options(fp8_cache=options.fp8_cache, draft_vocab=options.draft_vocab)
-    if options.synthetic:
-        if options.config is None:
-            raise UserError("--synthetic: name the config.json whose shapes to take with --config")
-        engine = cuda.synthetic_engine(options.config, settings)
-    else:
-        engine = cuda.CudaEngine(options.engines, options=settings)
-    print(json.dumps(cuda.measure(engine, options.simulate_acceptance, options.contexts, options.profile)))
+    if options.synthetic and options.config is None:
+        raise UserError("--synthetic: name the config.json whose shapes to take with --config")
+    try:
+        if options.synthetic:
+            engine = cuda.synthetic_engine(options.config, settings)
+        else:
+            engine = cuda.CudaEngine(options.engines, options=settings)
+        print(json.dumps(cuda.measure(engine, options.simulate_acceptance, options.contexts, options.profile)))
+    except torch.OutOfMemoryError:
+        raise UserError("the GPU's memory does not hold the weights and the benchmark's copies") from None
 
 
 def main() -> None:
@@ -247,7 +256,14 @@ def main() -> None:
     gpu.add_argument("--draft-vocab", type=int, default=0, metavar="N", help="draft from the first N entries only")
     gpu.add_argument("--fp8-cache", action="store_true", help="keys and values in eight bits")
     options = parser.parse_args()
-    if options.synthetic or ((options.engines / NAME).is_file() and Manifest.read(options.engines).target == "cuda"):
+    on_gpu = options.synthetic or (
+        (options.engines / NAME).is_file() and Manifest.read(options.engines).target == "cuda"
+    )
+    for name in OF_CPU if on_gpu else OF_GPU:
+        if getattr(options, name) != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: only for a benchmark of the {'cpu' if on_gpu else 'cuda'} target; leave it out")
+    if on_gpu:
         bench_cuda(options)
         return
     engine = OnnxRuntimeEngine(options.engines, threads=options.threads)

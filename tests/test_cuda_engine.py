@@ -67,6 +67,16 @@ def test_gpu_flags_are_refused_by_other_targets(demo: Path) -> None:
     assert result.returncode == 2 and "--draft-vocab" in result.stderr
 
 
+def test_the_benchmark_refuses_flags_of_the_other_target(demo: Path) -> None:
+    for arguments, flag in (
+        (["--engines", str(demo / "cpu"), "--profile"], "--profile"),
+        (["--synthetic", "--repeats", "3"], "--repeats"),
+    ):
+        result = run("runtime.bench", *arguments)
+        assert result.returncode == 2 and not result.stdout
+        assert result.stderr.count("\n") == 1 and flag in result.stderr
+
+
 def decode(engine: Any, prompt: list[int], count: int, mtp_k: int, sampling: SamplingConfig) -> list[int]:
     rounds = generate(engine, prompt, count, mtp_k, Sampler(sampling))
     return [token for r in rounds for token in r.tokens]

@@ -16,17 +16,13 @@ from __future__ import annotations
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 SOURCE = Path(__file__).parent / "kernel.cu"
 RING = 32  # slots: eight pending rows, the convolution's three before them, eight new ones, to a power of two
 MAX_ROWS = 8  # of a decode call, and of its pending rows
 HEADS_PER_BLOCK = 8  # a warp each, in the kernels of a prefill that are no recurrence
 ROWS_PER_BLOCK = 8  # of gdn_prefill_conv
-
-
-class AnyModule(Protocol):
-    def kernel(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ class Weights(NamedTuple):
 
 
 class GatedDeltaNet:
-    def __init__(self, module: AnyModule, sizes: Sizes) -> None:
+    def __init__(self, module: Any, sizes: Sizes) -> None:
         self.module, self.sizes = module, sizes
         columns = 16 if sizes.head_v_dim % 32 else 32  # of the state, for a block
         lanes = 4 if sizes.head_k_dim % 32 else 8

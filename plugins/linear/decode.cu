@@ -45,13 +45,15 @@ struct LinearWork {
     DEVICE int segment_of(int& index) const {
         int i = part.first_segment;
 #pragma unroll 1
-        while (i + 1 < part.end_segment && index >= tiles_of(a.segments.segment[i])) index -= tiles_of(a.segments.segment[i++]);
+        while (i + 1 < part.end_segment && index >= tiles_of(a.segments.segment[i]))
+            index -= tiles_of(a.segments.segment[i++]);
         return i;
     }
     DEVICE Tile tile(int index) const {
         const Segment& s = a.segments.segment[segment_of(index)];
         bool pair = s.epilogue == SWIGLU;
-        return make_tile(s.weight, s.scale, pair ? s.weight_up : nullptr, s.scale_up, index * tile_rows(s), s.n, a.input.k, s.format);
+        return make_tile(s.weight, s.scale, pair ? s.weight_up : nullptr, s.scale_up, index * tile_rows(s), s.n,
+                         a.input.k, s.format);
     }
     DEVICE Prepared prepare(int index) const {
         Prepared p = {};
@@ -72,7 +74,8 @@ struct LinearWork {
 #pragma unroll
         for (int i = 0; i < 2 * SETS; i++) {
             int row = i / 2 * SET_ROWS + t, n = p.first + g + i % 2 * 8;
-            if (row < a.input.rows && n < s.n) p.residual[i] = __ldcg(a.residual + (int64_t)(from + row) * s.out_stride + n);
+            if (row < a.input.rows && n < s.n)
+                p.residual[i] = __ldcg(a.residual + (int64_t)(from + row) * s.out_stride + n);
         }
     }
     DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
@@ -84,7 +87,8 @@ struct LinearWork {
             int row = set * SET_ROWS + t, n = p.first + g;
             if (row >= a.input.rows) break;
             float rms = rms_factor(staged, a.input, row), low = value[2 * set], high = value[2 * set + 1];
-            float* out = (float*)s.out + (int64_t)(s.ring_mask ? (p.position + row) & s.ring_mask : row) * s.out_stride + n;
+            int slot = s.ring_mask ? (p.position + row) & s.ring_mask : row;
+            float* out = (float*)s.out + (int64_t)slot * s.out_stride + n;
             if (s.epilogue == SWIGLU) {
                 if (n < s.n) *out = silu(low * (rms * factor)) * (high * (rms * factor_up));
             } else {

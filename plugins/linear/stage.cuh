@@ -215,7 +215,8 @@ struct Stream {
 // between.
 template <int SETS, typename Work>
 DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<Work>& stream, const Work& work,
-                           typename Work::Prepared prepared, const uint8_t* vectors, const Staged& staged, float* exchange) {
+                           typename Work::Prepared prepared, const uint8_t* vectors, const Staged& staged,
+                           float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, columns[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
@@ -244,7 +245,8 @@ DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<Work>& stre
             begin = end;
 #pragma unroll
             for (int i = 0; i < 2 * SETS; i++) {
-                float unscale = unscale_of(staged.largest[plan.first_share() + share][i / 2 * SET_ROWS + t], stream.format);
+                uint32_t largest = staged.largest[plan.first_share() + share][i / 2 * SET_ROWS + t];
+                float unscale = unscale_of(largest, stream.format);
                 value[i] = sums.total(i / 2, i % 2) * unscale;
                 if (share & 1) value[i] = level[0][i] + value[i];
                 if ((share & 3) == 3) value[i] = level[1][i] + value[i];

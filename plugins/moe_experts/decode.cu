@@ -121,14 +121,16 @@ template <int SETS>
 DEVICE void down_rows(const DownArguments& a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Chosen chosen;
-    __shared__ float parts[MAX_ROWS * (TOP_K + 1)][TILE];  // [pair, tile row]; a pair: a row's place, or its shared expert
+    __shared__ float parts[MAX_ROWS * (TOP_K + 1)][TILE];  // [pair, tile row]; a pair: a row's place, or shared expert
     __shared__ float unscale[MAX_ROWS * (TOP_K + 1)];
     launch_next();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, first = blockIdx.x * TILE;
     int pairs = a.rows * TOP_K, stride = 2 * vector_bytes(a.inner), shared_stride = 2 * vector_bytes(a.shared_inner);
     Slot* slots = (Slot*)shared_memory + warp * a.depth;
     uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + DOWN_WARPS * a.depth);
-    auto vector_of = [&](int pair) { return pair < pairs ? pair * stride : pairs * stride + (pair - pairs) * shared_stride; };
+    auto vector_of = [&](int pair) {
+        return pair < pairs ? pair * stride : pairs * stride + (pair - pairs) * shared_stride;
+    };
     auto pair_of = [&](int item, int row) {  // or -1
         if (row >= a.rows) return -1;
         int slot = item ? chosen.slot[item - 1][row] : 0;
@@ -140,7 +142,7 @@ DEVICE void down_rows(const DownArguments& a) {
     choose_experts(chosen, keys, a.rows, true);
     int items = 1 + chosen.count;
     auto format_of = [&](int item) { return item ? a.format : a.shared.format; };
-    auto end_of = [&](int item) { return item ? bytes_of(a.inner, a.format) : bytes_of(a.shared_inner, a.shared.format); };
+    auto end_of = [&](int item) { return bytes_of(item ? a.inner : a.shared_inner, format_of(item)); };
     auto find = [&](int item) {
         const uint8_t *weight = a.shared.weight, *scale = a.shared.scale;
         int k = item ? a.inner : a.shared_inner, format = format_of(item);

@@ -32,7 +32,8 @@ DEVICE float from_ordered(uint32_t bits) {
     return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 
-constexpr int KEYS = NUM_EXPERTS <= 32 ? 1 : NUM_EXPERTS <= 64 ? 2 : NUM_EXPERTS <= 128 ? 4 : NUM_EXPERTS <= 256 ? 8 : 16;
+constexpr int KEYS =  // of a lane
+    NUM_EXPERTS <= 32 ? 1 : NUM_EXPERTS <= 64 ? 2 : NUM_EXPERTS <= 128 ? 4 : NUM_EXPERTS <= 256 ? 8 : 16;
 static_assert(NUM_EXPERTS <= 512 && MAX_ITEMS <= 64, "more experts than a lane has keys, or a warp pairs");
 
 // Neighbours take turns: descending.
@@ -142,7 +143,8 @@ DEVICE void choose_experts(Chosen& chosen, Keys& keys, int rows, bool weights) {
         __syncthreads();
         return;
     }
-    for (int i = threadIdx.x; i < MAX_ITEMS * ROUTED_ROWS / 4; i += blockDim.x) ((uint32_t*)chosen.slot)[i] = 0xffffffffu;
+    uint32_t* slots = (uint32_t*)chosen.slot;
+    for (int i = threadIdx.x; i < MAX_ITEMS * ROUTED_ROWS / 4; i += blockDim.x) slots[i] = 0xffffffffu;
     for (int i = threadIdx.x; i < NUM_EXPERTS; i += blockDim.x) chosen.earliest[i] = MAX_ITEMS;
     __syncthreads();
     if (warp == 0) {  // two pairs a lane, 32 apart

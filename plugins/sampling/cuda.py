@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from ctypes import Structure, c_double, c_float, c_int, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runtime.sampling import SamplingConfig
@@ -27,10 +27,6 @@ POSITION, COMMIT, HEAD_ROWS, HEAD_POSITION, COUNT, ERROR, HEAD_LAST = range(7)  
 MAX_OUTPUTS, MAX_DRAFTS, MAX_VOCAB = 3, 31, 1 << 20
 _THREADS = 256
 _ROW_BYTES = 64 + 12 * 2048  # struct Row
-
-
-class AnyModule(Protocol):
-    def kernel(self, name: str) -> Any: ...
 
 
 class Filters(Structure):
@@ -60,7 +56,7 @@ def seed_words(seed: int) -> tuple[int, int]:
 class SamplingKernels:
     """Sizes of arrays are in brackets, T is `rows`. `stream` is last everywhere."""
 
-    def __init__(self, module: AnyModule, vocab_size: int) -> None:
+    def __init__(self, module: Any, vocab_size: int) -> None:
         assert vocab_size <= MAX_VOCAB
         self.module, self.vocab_size = module, vocab_size
 

@@ -38,16 +38,6 @@ inline float half_to_float(uint16_t bits) {
     return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude) * 5.192296858534828e33f));  // 2^112
 }
 
-// One rounding: a float holds the exact product unless it is subnormal.
-inline uint32_t emulator_product_bf16(uint32_t a, uint32_t b) {
-    double product = (double)__uint_as_float(a << 16) * __uint_as_float(b << 16);
-    if (fabs(product) < 0x1p-126) product = rint(product * 0x1p133) * 0x1p-133;  // the quantum of subnormals
-    return emulator_to_bf16((float)product);
-}
-inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-    return emulator_product_bf16(a >> 16, b >> 16) << 16 | emulator_product_bf16(a & 0xffffu, b & 0xffffu);
-}
-
 inline uint32_t mul_half2(uint32_t a, uint32_t b) {  // a product of two halves is exact in float
     return to_half2(half_to_float((uint16_t)a) * half_to_float((uint16_t)b),
                     half_to_float((uint16_t)(a >> 16)) * half_to_float((uint16_t)(b >> 16)));
