@@ -67,6 +67,7 @@ class Gpu:
         A kernel's blocks start while those of the one before it still work. Left alone they crowd onto the
         multiprocessors that are free first, two on some and none on others. A block that fills one of two rooms of
         different sizes, the larger more than half, leaves space for one of the next kernel alone: one on each.
+        Dense layers have an odd number of launches: their last and the next layer's first take the same room.
         """
         total = self.shared_bytes + 1024 - SPARE_SHARED
         large = total * LARGE_PERCENT // 100

@@ -24,8 +24,8 @@ constexpr uint32_t ALL_LANES = 0xffffffffu;
 // Every kernel calls wait_for_previous() in every thread before it reads what an earlier kernel of the round wrote or
 // writes anything. launch_next() lets the next kernel's blocks start where there is room. Most kernels call it first;
 // once in a layer (experts_up, a dense MLP's first product) and wherever else nothing is gained, a late kernel calls it
-// after the wait. When a kernel starts, all those before the last late one before it have completed: what they wrote,
-// and the weights, may be read before the wait.
+// after the wait. When a kernel starts, all those before the last late one have completed, that one perhaps not: what
+// they wrote, and the weights, may be read before the wait.
 
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
@@ -41,7 +41,6 @@ DEVICE void launch_next() {
 
 // ---- conversions -------------------------------------------------------------------------------------------------
 
-DEVICE float bf16_to_float(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
 DEVICE float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 DEVICE float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 

@@ -126,7 +126,9 @@ class Kernel:
         """args: ctypes values (c_void_p, c_int, c_float, Structure), in the kernel's order. shared: dynamic bytes.
         programmatic: the kernel may start before the one before it on the stream has ended (see common.cuh)."""
         driver = _driver()
-        if shared > max(self._shared, 48 << 10):
+        if (
+            shared > self._shared
+        ):  # the limit that a kernel starts with is less than 48 KB where it declares some itself
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(self.function, attribute, shared))
             self._shared = shared

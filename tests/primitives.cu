@@ -137,7 +137,7 @@ KERNEL convert_from(Conversions* results) {
     wait_for_previous();
     launch_next();
     uint32_t bits = blockIdx.x * blockDim.x + threadIdx.x;
-    results[bits] = {half_to_float((uint16_t)bits), bf16_to_float((uint16_t)bits), half_low(e4m3x2_to_half2((uint16_t)bits))};
+    results[bits] = {half_to_float((uint16_t)bits), bf16_low(bits), half_low(e4m3x2_to_half2((uint16_t)bits))};
 }
 
 struct Rounded {

@@ -76,8 +76,8 @@ class Decode:
     """1..8 rows at the end of the cache.
 
     module: of DECODE_SOURCE, with `sizes.defines`. multiprocessors, shared_limit: of the device; bytes of dynamic
-    shared memory that a block may have. The kernel launched right before must not write the cache, `position` or
-    `query_row`: they are read while it still runs.
+    shared memory that a block may have. No kernel launched since the last late one (common.cuh) may write the cache,
+    `position` or `query_row`: they are read while it may still run. A launch of this one ends with a late kernel.
     """
 
     def __init__(self, module: Any, sizes: Sizes, multiprocessors: int, shared_limit: int) -> None:

@@ -124,7 +124,7 @@ DEVICE void put_queries(char* shared, HeadRow (&query)[Layout<QUERIES>::OWN], co
 }
 
 // Grid (blocks, Hkv): a block takes the entries blockIdx.x, blockIdx.x + gridDim.x, ... of its KV head. Old cache slots,
-// position and query_row are read before the wait, so the kernel right before must not write them.
+// position and query_row are read before the wait, so no kernel since the last late one (common.cuh) may write them.
 template <int QUERIES>
 DEVICE void decode(const DecodeArguments& a) {
     using L = Layout<QUERIES>;
@@ -207,8 +207,8 @@ KERNEL __launch_bounds__(THREADS) attention_combine(const __grid_constant__ Deco
     int tiles = tile_count(first + row), groups = (tiles + GROUP_TILES - 1) / GROUP_TILES;
     const float* gates = a.q_gate + (int64_t)row * a.q_stride + (head * 2 + 1) * HEAD_DIM;
     float4 gate = make_float4(0.f, 0.f, 0.f, 0.f);
-    launch_next();
     wait_for_previous();
+    launch_next();  // late: the next launch may read, before its wait, what attention_decode appended
     if (inside && part == 0) gate = __ldcg((const float4*)(gates + d));
     Softmax all = empty_softmax();
     float4 sums = make_float4(0.f, 0.f, 0.f, 0.f);

@@ -112,9 +112,9 @@ class GatedDeltaNet:
     ) -> None:
         """Applies the pending rows to the state, then runs `rows` rows on top of it: y float32 [rows, Hv Dv], gated but
         not yet divided by the root mean square of its head; squares float32 [rows, Hv, head_parts], whose sums over
-        the last dimension are the sums of squares that go into that. The kernel launched right before may write the
-        rows' slots of the ring, but neither the scalars `position` (of row 0) and `commit` (int32, 0..8) nor the
-        state nor an older row. room: see LinearDecode.linear."""
+        the last dimension are the sums of squares that go into that. Kernels launched since the last late one
+        (common.cuh) may write the rows' slots of the ring, but neither the scalars `position` (of row 0) and `commit`
+        (int32, 0..8) nor the state nor an older row. room: see LinearDecode.linear."""
         assert 0 <= rows <= MAX_ROWS
         given = (memory.ring, *weights[:3], memory.recurrent_state, position, commit, weights.norm_weight)
         args = [*map(c_void_p, given), c_int(rows), c_void_p(y), c_void_p(squares)]
@@ -145,8 +145,8 @@ class GatedDeltaNet:
     ) -> None:
         """Commits the pending rows, then the chunk's own: projections float32 [rows, row_stride] from `position` on ->
         y float16 [rows, Hv Dv], normed and gated. The ring then holds the chunk's last rows as history; nothing is
-        pending: the caller's `commit` is for it to clear. As for `decode`, the kernel right before may write
-        projections only."""
+        pending: the caller's `commit` is for it to clear. As for `decode`, kernels since the last late one may
+        write projections only."""
         sizes, kernel = self.sizes, self.module.kernel
         keys = c_void_p(scratch)
         values = c_void_p(scratch + 4 * rows * 2 * sizes.key_width)  # o takes their place
