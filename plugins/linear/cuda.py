@@ -1,6 +1,7 @@
 """Linear layers of 1..8 rows on a GPU: the ctypes mirrors of the kernels' structures, and their launcher.
 
-kernels = LinearDecode(Module(cached_kernels(SOURCE, "sm_90", {"NUM_EXPERTS": 256, "TOP_K": 8})), multiprocessors=132, shared_limit=218 << 10)
+module = Module(cached_kernels(SOURCE, "sm_90", {}))
+kernels = LinearDecode(module, multiprocessors=132, shared_limit=218 << 10)
 kernels.linear(Input(x=…, k=2048, rows=3, …), [Segment(weight=…, n=8192, …)], stream)
 """
 
