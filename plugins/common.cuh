@@ -81,6 +81,20 @@ DEVICE uint32_t mul_half2(uint32_t a, uint32_t b) {
     return product;
 }
 
+// A pair times the low, or the high, half of another.
+DEVICE uint32_t mul_half2_low(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("{.reg .b16 l, h; .reg .b32 s; mov.b32 {l, h}, %2; mov.b32 s, {l, l}; mul.rn.f16x2 %0, %1, s;}"
+        : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+DEVICE uint32_t mul_half2_high(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("{.reg .b16 l, h; .reg .b32 s; mov.b32 {l, h}, %2; mov.b32 s, {h, h}; mul.rn.f16x2 %0, %1, s;}"
+        : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
 // A float as an E4M3 byte: to nearest even, what is too large (and NaN) as 448.
 DEVICE uint32_t to_e4m3(float value) {
     uint32_t sign = (__float_as_uint(value) >> 24) & 0x80u;
@@ -172,6 +186,10 @@ DEVICE void copy_async16(void* shared, const void* global, bool valid) {
 DEVICE void copy_async4(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(valid ? 4 : 0));
+}
+// `bytes` of eight, the others as zeros.
+DEVICE void copy_async8(void* shared, const void* global, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
 }
 
 // Weights are read once a round: they are the first to leave the second-level cache, which keeps the rows, and the

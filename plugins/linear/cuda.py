@@ -24,8 +24,9 @@ SET_ROWS = 4  # rows that a tensor core multiplies at a time; kernels of more ar
 WARPS = 8  # of a block (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
 SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
+EXCHANGE = 4 * TILE * WARPS  # bytes of a row's products with a tile, by shares of k (stage.cuh)
 MAX_EXPERTS = 512
-STATIC = (2560, 4608)  # bytes of shared memory that the kernels declare, for up to four rows and for more
+STATIC = 512  # bytes of shared memory that the kernels declare
 
 
 class Segment(Structure):
@@ -82,10 +83,10 @@ class Input(Structure):
         ("late", c_int),
     ]
 
-    def fit(self, room: int, shared_limit: int) -> int:
+    def fit(self, tiles: int, room: int, shared_limit: int) -> int:
         """Sets `slots`: as many passes as a room has space for, two a warp at least, if the device has that much. ->
-        bytes of dynamic shared memory, of the whole room if there is one."""
-        staged = int(self.rows) * row_bytes(self.k)
+        bytes of dynamic shared memory, of the whole room if there is one. tiles: of a block, at most."""
+        staged = int(self.rows) * (row_bytes(self.k) + min(tiles, WARPS) * EXCHANGE)
         self.slots = min(max((room - staged) // SLOT, 2 * WARPS), (shared_limit - staged) // SLOT)
         return max(staged + int(self.slots) * SLOT, room)
 
@@ -135,7 +136,7 @@ def parts_of(segments: Sequence[Segment], most_blocks: int) -> list[Part]:
 
 def shared_bytes(rows: int, k: int) -> int:
     """The least that a block needs: the staged rows, a pass of each of its warps."""
-    return rows * row_bytes(k) + WARPS * SLOT
+    return rows * (row_bytes(k) + WARPS * EXCHANGE) + WARPS * SLOT
 
 
 def row_bytes(k: int) -> int:
@@ -176,8 +177,9 @@ class LinearDecode:
         arguments.residual, arguments.residual_row, arguments.normed = residual, residual_row, normed
         for i, part in enumerate(parts):
             arguments.parts[i] = part
-        own = room - STATIC[given.rows > SET_ROWS] if room else self.shared_limit // 2 - STATIC[True]
-        shared = arguments.input.fit(own, self.shared_limit)
+        own = room - STATIC if room else self.shared_limit // 2 - STATIC
+        tiles = max(-(-part.tiles // part.blocks) for part in parts)
+        shared = arguments.input.fit(tiles, own, self.shared_limit)
         blocks = self.multiprocessors if room else sum(part.blocks for part in parts)
         kernel = self.module.kernel("linear_4" if given.rows <= SET_ROWS else "linear_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)

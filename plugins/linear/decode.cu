@@ -49,11 +49,34 @@ struct LinearWork {
             index -= tiles_of(a.segments.segment[i++]);
         return i;
     }
-    DEVICE Tile tile(int index) const {
-        const Segment& s = a.segments.segment[segment_of(index)];
+    struct Place {
+        int index;        // in its segment
+        int segment = 0;  // from the part's first one
+        int whole;        // tiles of the segment, but for one that is not full
+        int stride, scale_stride;  // bytes from a tile to the next one of the block
+        DEVICE explicit Place(int index) : index(index) {}
+    };
+    DEVICE void open(Place& p, Tile& tile) const {
+#pragma unroll 1
+        while (part.first_segment + p.segment + 1 < part.end_segment) {
+            int tiles = tiles_of(a.segments.segment[part.first_segment + p.segment]);
+            if (p.index < tiles) break;
+            p.index -= tiles, p.segment++;
+        }
+        const Segment& s = a.segments.segment[part.first_segment + p.segment];
         bool pair = s.epilogue == SWIGLU;
-        return make_tile(s.weight, s.scale, pair ? s.weight_up : nullptr, s.scale_up, index * tile_rows(s), s.n,
-                         a.input.k, s.format);
+        int rows = part.blocks * tile_rows(s);
+        p.whole = s.n / tile_rows(s);
+        p.stride = rows * bytes_of(a.input.k, part.format), p.scale_stride = rows * (a.input.k >> 4);
+        uint32_t first = p.index * tile_rows(s), last = s.n - 1;
+        Run low = {s.weight, s.scale, first, last};
+        Run high = {pair ? s.weight_up : s.weight, pair ? s.scale_up : s.scale, pair ? first : first + 8, last};
+        tile = make_tile(low, high, a.input.k, part.format);
+    }
+    DEVICE void advance(Place& p, Tile& tile) const {
+        p.index += part.blocks;
+        if (p.index >= p.whole) return open(p, tile);
+        tile.low += p.stride, tile.high += p.stride, tile.scale += p.scale_stride;
     }
     DEVICE Prepared prepare(int index) const {
         Prepared p = {};
@@ -103,7 +126,6 @@ template <int SETS>
 DEVICE void linear_rows(const LinearArguments& a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
-    __shared__ float exchange[WARPS * 2 * SETS * 32];
     const Input& in = a.input;
     if (!in.late) launch_next();
     int i = 0;
@@ -117,19 +139,19 @@ DEVICE void linear_rows(const LinearArguments& a) {
     const Part& part = a.parts[i];
     const LinearWork<SETS> work = {a, part};
     uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
-    Plan plan = Plan::of(part.tiles, blockIdx.x - part.first_block, part.blocks);
-    Stream<LinearWork<SETS>> stream(work, in, plan, part.format, shared_memory);
+    float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
+    int block = blockIdx.x - part.first_block, own = block + threadIdx.x / 32 * part.blocks;
+    Stream<LinearWork<SETS>> stream(work, in, part.format, block, part.tiles, part.blocks, shared_memory);
     NormWeight weight;
     weight.load(in, share_of(in.k, threadIdx.x / 32));
     typename LinearWork<SETS>::Prepared prepared = {};
-    bool first = plan.first() < plan.tiles;
-    if (first) prepared = work.prepare(plan.first());
+    if (own < part.tiles) prepared = work.prepare(own);
     wait_for_previous();
     if (in.late) launch_next();
-    if (first) work.ask(prepared);
+    if (own < part.tiles) work.ask(prepared);
     stage(vectors, staged, in, weight, part.format);
     __syncthreads();
-    multiply_tiles<SETS>(in, plan, stream, work, prepared, vectors, staged, exchange);
+    multiply_tiles<SETS>(in, stream, work, prepared, vectors, staged, exchange);
     if (!a.normed || blockIdx.x) return;
     for (int row = 0; row < in.rows; row++) {
         float rms = rms_factor(staged, in, row);

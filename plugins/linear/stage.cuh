@@ -1,15 +1,15 @@
 // A block that multiplies rows with tiles of weights; the frame of linear layers and experts_up.
 //
-// k is cut into eight shares. The products of a share are summed up by themselves, and shares joined pair by pair, so
-// that a tile may be one warp's or shared by two, four or eight: the bits are the same. A block leaves room on its
-// multiprocessor: the next kernel's moves in while this one works and starts fetching its weights, which keeps memory
-// busy through what kernels spend waiting for each other.
+// k is cut into eight shares, one for each warp: it stages its share of the rows and multiplies it with its share of
+// every tile; the shares' products are joined in a fixed tree. A block leaves room on its multiprocessor: the next
+// kernel's moves in while this one works and starts fetching its weights, which keeps memory busy through what kernels
+// spend waiting for each other.
 #pragma once
 #include "tile.cuh"
 
 constexpr int RESIDENT = 2;  // blocks on a multiprocessor: this kernel's and the next one's
 constexpr int WARPS = 8;
-constexpr int SHARES = WARPS;  // of k: a warp stages one
+constexpr int SHARES = WARPS;  // of k
 constexpr int THREADS = 32 * WARPS;
 constexpr int PIECE = 256;  // k that a warp stages at a time: eight values a lane
 
@@ -70,76 +70,97 @@ struct NormWeight {
 // The warp's share of all rows. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
 // applied to the product.
 DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormWeight& weight, int format) {
-    constexpr int BATCH = 4;  // pieces of rows whose loads wait together
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k), first_row = 0, first_piece = 0;
+    constexpr int BATCH = 4;  // pieces under way together, of one row or of several
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
     Share share = share_of(in.k, warp);
-    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, count = in.rows * pieces;
-    if (lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
-    __syncwarp();
-    auto advance = [&](int& row, int& piece) {
-        if (++piece == pieces) piece = 0, row++;
-    };
+    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, shift = pieces > 2 ? 2 : pieces > 1 ? 1 : 0;
+    bool several = pieces > 1 || in.rows > 1;
+    if (!pieces && lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
 #pragma unroll 1
-    for (int from = 0; from < count; from += BATCH) {
-        float x[BATCH][8], factor[BATCH];
-        int row = first_row, piece = first_piece;
+    for (int first = 0; first < in.rows; first += BATCH >> shift) {
+        float x[BATCH][8];
+#pragma unroll 1
+        for (int turn = 0; turn < 2; turn++) {  // find the rows' scales, then write them
+#pragma unroll 1
+            for (int piece = 0; piece < pieces; piece += BATCH) {
+                auto row_of = [&](int i) { return first + (i >> shift); };
+                auto piece_of = [&](int i) { return piece + (i & ((1 << shift) - 1)); };
+                auto at_of = [&](int i) { return share.begin + piece_of(i) * PIECE + lane * 8; };
+                auto valid = [&](int i) { return row_of(i) < in.rows && piece_of(i) < pieces; };
+                auto load = [&](int i) {
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            if (from + i >= count) break;
-            int at = share.begin + piece * PIECE + lane * 8;
+                    for (int j = 0; j < 8; j++) x[i][j] = 0.f;
+                    if (valid(i) && at_of(i) < share.end)
+                        load_eight(x[i], in.x + (int64_t)row_of(i) * in.x_stride + at_of(i));
+                };
+                float squares[BATCH], factor[BATCH];
+                uint32_t largest[BATCH];
+                auto scale = [&](int i) {  // by the norm's weights or the heads' factors
+                    squares[i] = 0.f, largest[i] = 0;
+                    if (in.norm_weight) {
+                        float other[8];
+                        if (piece_of(i) && at_of(i) < share.end) load_eight(other, in.norm_weight + at_of(i));
 #pragma unroll
-            for (int j = 0; j < 8; j++) x[i][j] = 0.f;
-            if (at < share.end) load_eight(x[i], in.x + (int64_t)row * in.x_stride + at);
-            advance(row, piece);
-        }
-        if (in.head_squares) {  // while the values are under way
-            row = first_row, piece = first_piece;
+                        for (int j = 0; j < 8; j++) {
+                            squares[i] += x[i][j] * x[i][j];
+                            x[i][j] *= 1.f + (piece_of(i) ? other[j] : weight.value[j]);
+                        }
+                    }
+                    if (in.head_squares) {
 #pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                if (from + i >= count) break;
-                factor[i] = head_factor(in, row, min(share.begin + piece * PIECE + lane * 8, in.k - 1));
-                advance(row, piece);
-            }
-        }
+                        for (int j = 0; j < 8; j++) x[i][j] *= factor[i];
+                    }
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            if (from + i >= count) break;
-            int at = share.begin + first_piece * PIECE + lane * 8;
-            bool inside = at < share.end;
-            float squares = 0.f;
-            uint32_t largest = 0;
-            if (in.norm_weight) {
-                float other[8];
-                if (first_piece && inside) load_eight(other, in.norm_weight + at);
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    squares += x[i][j] * x[i][j];
-                    if (inside) x[i][j] *= 1.f + (first_piece ? other[j] : weight.value[j]);
+                    for (int j = 0; j < 8; j++) largest[i] = max(largest[i], magnitude_bits(x[i][j]));
+                };
+                auto factor_of_head = [&](int i) {
+                    factor[i] = valid(i) ? head_factor(in, row_of(i), min(at_of(i), in.k - 1)) : 0.f;
+                };
+                auto keep = [&](int i) {
+                    if (!valid(i) || lane) return;
+                    bool fresh = piece_of(i) == 0;
+                    float& sum = staged.squares[row_of(i)][warp];
+                    uint32_t& most = staged.largest[warp][row_of(i)];
+                    sum = fresh ? squares[i] : sum + squares[i], most = fresh ? largest[i] : max(most, largest[i]);
+                };
+                auto write = [&](int i) {
+                    if (!valid(i)) return;
+                    float scale = scale_of(staged.largest[warp][row_of(i)], format);
+                    if (at_of(i) < share.end)
+                        split_eight(vectors + 2 * row_of(i) * stride + chunk_place(at_of(i) / 8), stride, x[i], scale,
+                                    format);
+                };
+                if (turn == 0 || pieces > BATCH) {
+                    load(0);
+                    if (several) load(1), load(2), load(3);
+                    if (in.head_squares) {  // while the values are under way
+                        factor_of_head(0);
+                        if (several) factor_of_head(1), factor_of_head(2), factor_of_head(3);
+                    }
+                    scale(0);
+                    if (several) scale(1), scale(2), scale(3);
                 }
-                squares = warp_sum(squares);
-            }
-            if (in.head_squares) {
+                if (turn == 0) {
+                    if (in.norm_weight) squares[0] = warp_sum(squares[0]);
+                    largest[0] = __reduce_max_sync(ALL_LANES, largest[0]);
+                    if (several) {  // side by side
 #pragma unroll
-                for (int j = 0; j < 8; j++) x[i][j] *= factor[i];
-            }
+                        for (int offset = 16; in.norm_weight && offset; offset >>= 1)
 #pragma unroll
-            for (int j = 0; j < 8; j++) largest = max(largest, magnitude_bits(x[i][j]));
-            if (inside) put_raw(vectors + 2 * first_row * stride + chunk_place(at / 8), stride, x[i]);
-            largest = __reduce_max_sync(ALL_LANES, largest);
-            if (lane == 0) {
-                staged.squares[first_row][warp] += squares;
-                staged.largest[warp][first_row] = max(staged.largest[warp][first_row], largest);
+                            for (int i = 1; i < BATCH; i++)
+                                squares[i] += __shfl_xor_sync(ALL_LANES, squares[i], offset);
+#pragma unroll
+                        for (int i = 1; i < BATCH; i++) largest[i] = __reduce_max_sync(ALL_LANES, largest[i]);
+                    }
+                    keep(0);
+                    if (several) keep(1), keep(2), keep(3);
+                } else {
+                    write(0);
+                    if (several) write(1), write(2), write(3);
+                }
             }
-            advance(first_row, first_piece);
+            __syncwarp();
         }
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int r = 0; r < in.rows; r++) {
-        float scale = scale_of(staged.largest[warp][r], format);
-#pragma unroll 1
-        for (int k = share.begin + lane * 8; k < share.end; k += PIECE)
-            split_raw(vectors + 2 * r * stride + chunk_place(k / 8), stride, scale, format);
     }
 }
 
@@ -152,56 +173,36 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 
 // ---- tiles -------------------------------------------------------------------------------------------------------
 
-// The tiles of a block, every `grid`-th from `index` on, and how its warps share them.
-struct Plan {
-    int tiles, index, grid;
-    int ways;    // warps of a tile, as many as there are warps for
-    int active;  // warps with a tile: 0..active - 1
-
-    DEVICE static Plan of(int tiles, int index, int grid) {
-        int each = (tiles + grid - 1) / grid;
-        int ways = each <= WARPS / 8 ? 8 : each <= WARPS / 4 ? 4 : each <= WARPS / 2 ? 2 : 1;
-        return {tiles, index, grid, ways, min(each * ways, WARPS)};
-    }
-    DEVICE int first() const { return index + (threadIdx.x >> 5) / ways * grid; }
-    DEVICE int step() const { return WARPS / ways * grid; }
-    DEVICE int shares() const { return SHARES / ways; }  // of a warp in a tile
-    DEVICE int first_share() const { return (threadIdx.x >> 5) % ways * shares(); }
-};
-
-// A warp's weights on their way: its shares of its tiles, in passes. A Work has tile(index).
+// A warp's weights on their way: its share of the block's tiles, every `grid`-th from `first` on, in passes. A Work has
+// a Place, of a tile, made of its index; open(place, tile), which finds the tile; advance(place, tile), `grid` on.
 template <typename Work>
 struct Stream {
     const Work& work;
     Slot* slots;
-    int format, depth, tiles, step;
-    int begin, end, size;  // of the warp's shares, of one of them, in bytes of a weight row
+    int format, depth;
+    int begin, end;  // of the warp's share, in bytes of a weight row
+    int first, tiles, grid;
+    int next, at;  // where to go on
+    typename Work::Place place;
     Tile tile;
-    int next, at, stop;    // where to go on
 
-    DEVICE Stream(const Work& work, const Input& in, const Plan& plan, int format, uint4* memory)
-        : work(work), format(format) {
-        int warp = threadIdx.x >> 5;
-        depth = min(in.slots / plan.active, MAX_DEPTH), slots = (Slot*)memory + warp * depth;
-        tiles = plan.tiles, step = plan.step();
-        size = bytes_of(share_size(in.k), format), end = bytes_of(in.k, format);
-        begin = min(plan.first_share() * size, end), end = min(begin + plan.shares() * size, end);
-        next = begin < end && warp < plan.active ? plan.first() : tiles;
-        at = stop = 0;
-        open();
+    DEVICE Stream(const Work& work, const Input& in, int format, int first, int tiles, int grid, uint4* memory)
+        : work(work), format(format), first(first), tiles(tiles), grid(grid), next(first), place(first) {
+        Share share = share_of(in.k, threadIdx.x >> 5);
+        depth = min(in.slots / WARPS, MAX_DEPTH), slots = (Slot*)memory + (threadIdx.x >> 5) * depth;
+        begin = at = bytes_of(share.begin, format), end = bytes_of(share.end, format);
+        if (begin >= end) next = tiles;
+        if (next < tiles) work.open(place, tile);
 #pragma unroll 1
         for (int slot = 0; slot < depth; slot++) put(slot);
     }
-    DEVICE void open() {
-        if (next < tiles) tile = work.tile(next), at = begin, stop = min(begin + size, end);
-    }
     DEVICE void put(int slot) {
         if (next < tiles) {
-            fetch(slots[slot], tile, at, stop, format);
+            fetch(slots[slot], tile, at, end, format);
             at += PASS;
-            if (at >= stop) {
-                at = stop, stop = min(stop + size, end);
-                if (at >= end) next += step, open();
+            if (at >= end) {
+                at = begin, next += grid;
+                if (next < tiles) work.advance(place, tile);
             }
         }
         copy_commit();
@@ -211,68 +212,62 @@ struct Stream {
 // Multiplies the block's tiles. A Work also has
 //   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
 //   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
-// prepared: the warp's first tile's. exchange: [WARPS, 2 SETS, 32] floats. Needs all shares staged, and a barrier
-// between.
+// Warps finish a tile each, eight at a time. prepared: of the warp's first. exchange: [tile, share, row, TILE] floats,
+// for eight tiles or as many as there are. Needs all shares staged, and a barrier between.
 template <int SETS, typename Work>
-DEVICE void multiply_tiles(const Input& in, const Plan& plan, Stream<Work>& stream, const Work& work,
-                           typename Work::Prepared prepared, const uint8_t* vectors, const Staged& staged,
-                           float* exchange) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3, columns[SETS];
+DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& work, typename Work::Prepared prepared,
+                           const uint8_t* vectors, const Staged& staged, float* exchange) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, columns[SETS], slot = 0;
+    float unscale[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
         int row = s * SET_ROWS + (lane >> 3);
         columns[s] = (2 * (row < in.rows ? row : 0) + (lane >> 2 & 1)) * vector_bytes(in.k);
+        unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], stream.format);
     }
-    int slot = 0;
 #pragma unroll 1
-    for (int index = plan.first();; index += plan.step()) {
-        bool valid = index < plan.tiles && warp < plan.active;
-        float value[2 * SETS] = {}, level[3][2 * SETS];
-        int begin = stream.begin;
+    for (int index = stream.first; index < stream.tiles;) {
+        int mine = index + warp * stream.grid;
 #pragma unroll 1
-        for (int share = 0; valid && share < plan.shares(); share++) {
-            int end = min(begin + stream.size, stream.end);
+        for (int member = 0; member < WARPS && index < stream.tiles; member++, index += stream.grid) {
             Sums<SETS> sums;
             sums.clear();
 #pragma unroll 1
-            for (int at = begin; at < end; at += PASS) {
+            for (int at = stream.begin; at < stream.end; at += PASS) {
                 wait_for_pass(stream.depth);
-                multiply<SETS>(sums, stream.slots[slot], stream.format, at, begin, end, vectors, columns);
+                multiply<SETS>(sums, stream.slots[slot], stream.format, at, stream.begin, stream.end, vectors, columns);
                 __syncwarp();
                 stream.put(slot);
                 slot = slot + 1 == stream.depth ? 0 : slot + 1;
             }
-            begin = end;
 #pragma unroll
-            for (int i = 0; i < 2 * SETS; i++) {
-                uint32_t largest = staged.largest[plan.first_share() + share][i / 2 * SET_ROWS + t];
-                float unscale = unscale_of(largest, stream.format);
-                value[i] = sums.total(i / 2, i % 2) * unscale;
-                if (share & 1) value[i] = level[0][i] + value[i];
-                if ((share & 3) == 3) value[i] = level[1][i] + value[i];
-                if ((share & 7) == 7) value[i] = level[2][i] + value[i];
-                if (!(share & 1)) level[0][i] = value[i];
-                else if (!(share & 2)) level[1][i] = value[i];
-                else if (!(share & 4)) level[2][i] = value[i];
+            for (int s = 0; s < SETS; s++) {
+                int row = s * SET_ROWS + t;
+                float* out = exchange + ((member * SHARES + warp) * in.rows + row) * TILE + g;
+                float low = sums.total(s, 0) * unscale[s], high = sums.total(s, 1) * unscale[s];
+                if (row < in.rows) out[0] = low, out[8] = high;
             }
         }
-        if (plan.ways > 1) {  // then there is one turn
-#pragma unroll
-            for (int i = 0; i < 2 * SETS; i++) exchange[(warp * 2 * SETS + i) * 32 + lane] = value[i];
-            __syncthreads();
-            valid = valid && warp % plan.ways == 0;
+        __syncthreads();
+        if (mine < stream.tiles) {
+            float value[2 * SETS];
 #pragma unroll
             for (int i = 0; i < 2 * SETS; i++) {
+                int row = min(i / 2 * SET_ROWS + t, in.rows - 1);
+                const float* from = exchange + (warp * SHARES * in.rows + row) * TILE + g + i % 2 * 8;
                 float v[SHARES];
 #pragma unroll
-                for (int w = 0; w < SHARES; w++)
-                    v[w] = w < plan.ways && valid ? exchange[((warp + w) * 2 * SETS + i) * 32 + lane] : 0.f;
+                for (int w = 0; w < SHARES; w++) v[w] = from[w * in.rows * TILE];
                 value[i] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
             }
+            work.finish(prepared, staged, value);
         }
-        if (valid) work.finish(prepared, staged, value);
-        if (index + plan.step() >= plan.tiles) break;
-        prepared = work.prepare(index + plan.step());
-        work.ask(prepared);
+        if (index >= stream.tiles) break;
+        mine += WARPS * stream.grid;
+        if (mine < stream.tiles) {
+            prepared = work.prepare(mine);
+            work.ask(prepared);
+        }
+        __syncthreads();
     }
 }

@@ -1,8 +1,9 @@
 // Products of few rows: a warp multiplies 16 weight rows with up to 8 activation rows on the tensor cores.
 //
-// Decoding reads weights and little else, so everything here serves loads of 16 bytes straight from the checkpoint's
-// own layout. Lane 4g + t holds 16 bytes of rows g and g + 8; the quad of a row covers 64 bytes: a step. The dot
-// product may visit k in any order that weights and activations share, so that codes need no shuffling.
+// Decoding reads weights and little else, so everything here serves loads of whole 128-byte lines straight from the
+// checkpoint's own layout. In a product lane 4g + t holds 16 bytes of rows g and g + 8; the quad of a row covers 64
+// bytes: a step. The dot product may visit k in any order that weights and activations share, so that codes need no
+// shuffling.
 // Activations keep 22 bits of mantissa as two float16, high + low (with bfloat16 weights 16 bits as two bfloat16): two
 // of the tensor core's eight columns each, so that four rows take one product, eight rows two. Weights are exact.
 // Unused columns cost nothing: one code for every number of rows, and with it the same bits.
@@ -12,9 +13,8 @@
 constexpr int TILE = 16;      // weight rows
 constexpr int MAX_ROWS = 8;   // activation rows
 constexpr int SET_ROWS = 4;   // activation rows of one product
-constexpr int STEP = 64;      // bytes of a weight row that a quad of lanes holds at a time
-constexpr int STEPS = 2;      // a warp's pass: 128 bytes of each of 16 rows
-constexpr int PASS = STEPS * STEP;
+constexpr int STEP = 64;      // bytes of a weight row that a quad of lanes multiplies at a time
+constexpr int PASS = 128;     // bytes of each of 16 rows that a warp fetches at a time
 
 // ---- activations -------------------------------------------------------------------------------------------------
 // A row is two vectors of 16-bit values, the high and the low parts, in chunks of eight. NVFP4 pairs values four apart
@@ -33,33 +33,31 @@ DEVICE float unscale_of(uint32_t largest, int format) {
     return format == BF16 ? 1.f : __uint_as_float((254 - scale_bits(largest)) << 23);
 }
 
-DEVICE void split_pair(uint32_t& high, uint32_t& low, float a, float b, int format) {
-    if (format == BF16) {
-        high = to_bf16x2(a, b);
-        low = to_bf16x2(a - bf16_low(high), b - bf16_high(high));
-    } else {
-        high = to_half2(a, b);
-        low = to_half2(a - half_low(high), b - half_high(high));
-    }
-}
-
-// Chunks of eight values as floats, until the row's scale is known: in the place of the high and the low parts.
-DEVICE void put_raw(uint8_t* place, int stride, const float (&x)[8]) {
-    *(float4*)place = make_float4(x[0], x[1], x[2], x[3]);
-    *(float4*)(place + stride) = make_float4(x[4], x[5], x[6], x[7]);
-}
-
-DEVICE void split_raw(uint8_t* place, int stride, float scale, int format) {
-    float4 a = *(float4*)place, b = *(float4*)(place + stride);
-    float x[8] = {a.x * scale, a.y * scale, a.z * scale, a.w * scale, b.x * scale, b.y * scale, b.z * scale, b.w * scale};
+// Eight values times `scale`: the chunk of their high parts to `place`, of the low ones to `place` + stride.
+DEVICE void split_eight(uint8_t* place, int stride, const float (&values)[8], float scale, int format) {
+    float x[8];
+    uint32_t high[4], low[4];
     bool apart = format == NVFP4;
-    uint4 high, low;
-    split_pair(high.x, low.x, x[0], apart ? x[4] : x[1], format);
-    split_pair(high.y, low.y, apart ? x[1] : x[2], apart ? x[5] : x[3], format);
-    split_pair(high.z, low.z, apart ? x[2] : x[4], apart ? x[6] : x[5], format);
-    split_pair(high.w, low.w, apart ? x[3] : x[6], x[7], format);
-    *(uint4*)place = high;
-    *(uint4*)(place + stride) = low;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        x[2 * j] = scale * (apart ? values[j] : values[2 * j]);
+        x[2 * j + 1] = scale * (apart ? values[j + 4] : values[2 * j + 1]);
+    }
+    if (format == BF16) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            high[j] = to_bf16x2(x[2 * j], x[2 * j + 1]);
+            low[j] = to_bf16x2(x[2 * j] - bf16_low(high[j]), x[2 * j + 1] - bf16_high(high[j]));
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            high[j] = to_half2(x[2 * j], x[2 * j + 1]);
+            low[j] = to_half2(x[2 * j] - half_low(high[j]), x[2 * j + 1] - half_high(high[j]));
+        }
+    }
+    *(uint4*)place = make_uint4(high[0], high[1], high[2], high[3]);
+    *(uint4*)(place + stride) = make_uint4(low[0], low[1], low[2], low[3]);
 }
 
 DEVICE uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
@@ -74,54 +72,69 @@ DEVICE void load_eight(float (&x)[8], const float* address) {
 DEVICE int bytes_of(int k, int format) { return format == NVFP4 ? k >> 1 : format == FP8 ? k : 2 * k; }
 
 // 16 weight rows: two runs of eight, 0..7 and 8..15 of a matrix, or eight of a gate and eight of an up projection.
-// Pointers are the lane's: to its 16 bytes of the first step of its two rows, and to its four scales.
+// What a lane copies of them: 16 bytes of every fourth row from lane / 8 on, eight scales of row lane / 2.
 struct Tile {
-    const uint8_t *low, *high, *scale_low, *scale_high;
+    const uint8_t *low, *high;  // in the first row of each run
+    int low_4, high_4;          // bytes from there to the row four further
+    const uint8_t* scale;
 };
 
-// Rows past n are read as row n - 1; their products are nobody's.
-DEVICE Tile make_tile(const uint8_t* weight, const uint8_t* scale, const uint8_t* weight_up, const uint8_t* scale_up,
-                      int first, int n, int k, int format) {
-    int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3, bytes = bytes_of(k, format), scales = k >> 4;
-    int64_t low = min(first + g, n - 1), high = weight_up ? low : min(first + g + 8, n - 1);
-    if (!weight_up) weight_up = weight, scale_up = scale;
-    return {weight + low * bytes + t * 16, weight_up + high * bytes + t * 16, scale + low * scales + t * 4,
-            scale_up + high * scales + t * 4};
+// Eight rows of a matrix from `first` on; those past `last` are read as row `last`: their products are nobody's.
+struct Run {
+    const uint8_t *weight, *scale;
+    uint32_t first, last;
+};
+
+DEVICE Tile make_tile(const Run& low, const Run& high, int k, int format) {
+    uint32_t lane = threadIdx.x & 31, row = lane >> 3, bytes = bytes_of(k, format), scales = k >> 4;
+    auto at = [](const Run& run, uint32_t row) { return min(run.first + row, run.last); };
+    uint32_t low_0 = at(low, row), low_4 = at(low, row + 4), high_0 = at(high, row), high_4 = at(high, row + 4);
+    uint32_t scale = lane < 16 ? at(low, lane >> 1) : at(high, (lane >> 1) - 8);
+    return {low.weight + (lane & 7) * 16 + (uint64_t)low_0 * bytes, high.weight + (lane & 7) * 16 + (uint64_t)high_0 * bytes,
+            (int)((low_4 - low_0) * bytes), (int)((high_4 - high_0) * bytes),
+            (lane < 16 ? low.scale : high.scale) + (lane & 1) * 8 + (uint64_t)scale * scales};
 }
 
 // A pass of a warp on its way from global memory, at no cost in registers.
 struct Slot {
-    uint4 codes[STEPS][2][32];  // [step][run][lane]: each lane reads what it copied itself
-    uint32_t scales[TILE][4];   // [row][..]: 16 E4M3 scales
+    uint4 codes[TILE][PASS / 16];  // [row][chunk]; odd rows have their halves exchanged, so that quads do not collide
+    uint8_t scales[TILE][PASS / 8];  // E4M3
 };
+static_assert(sizeof(Slot) == TILE * (PASS + PASS / 8), "as in cuda.py");
 
 // Starts copying the bytes at..at + PASS of the tile's rows; those from `end` on come as zeros.
 DEVICE void fetch(Slot& slot, const Tile& tile, int at, int end, int format) {
-    int lane = threadIdx.x & 31, t = lane & 3, left = end - at - t * 16;
+    int lane = threadIdx.x & 31, row = lane >> 3, chunk = lane & 7;
+    bool valid = at + chunk * 16 < end;
     uint64_t policy = evict_first();
+    uint4* codes = &slot.codes[row][chunk ^ (row & 1) * 4];
     const uint8_t *low = tile.low + at, *high = tile.high + at;
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        copy_weights16(&slot.codes[s][0][lane], low + s * STEP, left > s * STEP, policy);
-        copy_weights16(&slot.codes[s][1][lane], high + s * STEP, left > s * STEP, policy);
-    }
+    copy_weights16(codes, low, valid, policy);
+    copy_weights16(codes + 4 * PASS / 16, low + tile.low_4, valid, policy);
+    copy_weights16(codes + 8 * PASS / 16, high, valid, policy);
+    copy_weights16(codes + 12 * PASS / 16, high + tile.high_4, valid, policy);
     if (format == NVFP4) {
-        int offset = at >> 3;
-        bool valid = offset + t * 4 < end >> 3;
-        copy_async4(&slot.scales[lane >> 2][t], tile.scale_low + offset, valid);
-        copy_async4(&slot.scales[(lane >> 2) + 8][t], tile.scale_high + offset, valid);
+        uint8_t* scales = &slot.scales[0][0] + lane * 8;
+        const uint8_t* scale = tile.scale + (at >> 3);
+        int left = (end >> 3) - (at >> 3) - (lane & 1) * 8;  // a multiple of four
+        if ((uint64_t)scale & 4) {  // in the rows of some widths
+            copy_async4(scales, scale, left > 0);
+            copy_async4(scales + 4, scale + 4, left > 4);
+        } else {
+            copy_async8(scales, scale, min(max(left, 0), 8));
+        }
     }
 }
 
-// Waits for the oldest of `depth` passes.
+// Waits for the oldest of `depth` passes; six and three are what the real model has with one row and with three.
 constexpr int MAX_DEPTH = 8;
 DEVICE void wait_for_pass(int depth) {
-    if (depth == 8) copy_wait<7>();
-    else if (depth == 6) copy_wait<5>();
+    if (depth == 6) copy_wait<5>();
+    else if (depth == 3) copy_wait<2>();
     else if (depth == 4) copy_wait<3>();
+    else if (depth == 8) copy_wait<7>();
     else if (depth == 7) copy_wait<6>();
     else if (depth == 5) copy_wait<4>();
-    else if (depth == 3) copy_wait<2>();
     else if (depth == 2) copy_wait<1>();
     else copy_wait<0>();
     __syncwarp();
@@ -132,14 +145,17 @@ DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y
 // NVFP4: codes become float16 of value * 2^-14, times the E4M3 scale: exact.
 constexpr float NVFP4_FACTOR = 16384.f;
 
-// The pairs of nibbles (0, 4), (1, 5), (2, 6), (3, 7) of a word: sign to bit 15, magnitude to bits 9 to 11.
+// The pairs of nibbles (0, 4), (1, 5), (2, 6), (3, 7) of a word: sign to bit 15, magnitude to bits 9 to 11;
+// times one half of `scale`.
+template <bool HIGH>
 DEVICE void nvfp4_pairs(uint32_t (&pair)[4], uint32_t codes, uint32_t scale) {
     uint32_t even = (codes * 16 & 0x80808080u) | (codes * 2 & 0x0e0e0e0eu);  // the high bytes of nibbles 0 2 4 6
     uint32_t odd = (codes & 0x80808080u) | (codes >> 3 & 0x0e0e0e0eu);       // of nibbles 1 3 5 7
-    pair[0] = mul_half2(__byte_perm(even, 0, 0x2404), scale);
-    pair[1] = mul_half2(__byte_perm(odd, 0, 0x2404), scale);
-    pair[2] = mul_half2(even & 0xff00ff00u, scale);
-    pair[3] = mul_half2(odd & 0xff00ff00u, scale);
+    auto times = [&](uint32_t half2) { return HIGH ? mul_half2_high(half2, scale) : mul_half2_low(half2, scale); };
+    pair[0] = times(__byte_perm(even, 0, 0x2404));
+    pair[1] = times(__byte_perm(odd, 0, 0x2404));
+    pair[2] = times(even & 0xff00ff00u);
+    pair[3] = times(odd & 0xff00ff00u);
 }
 
 // Four chains of sums for each four rows, so that products need not wait for each other.
@@ -166,8 +182,9 @@ DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin,
                           const int (&vectors)[SETS]) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        uint4 low = slot.codes[s][0][lane], high = slot.codes[s][1][lane];
+    for (int s = 0; s < PASS / STEP; s++) {
+        int place = (4 * s + t) ^ (g & 1) * 4;
+        uint4 low = slot.codes[g][place], high = slot.codes[g + 8][place];
         int offset = at + s * STEP + t * 16;
         if (offset >= end) offset = begin;  // zeros times anything finite
         if (FORMAT == NVFP4) {
@@ -178,8 +195,8 @@ DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin,
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 uint32_t of_low[4], of_high[4];
-                nvfp4_pairs(of_low, word(low, j), __byte_perm(l, 0, j < 2 ? 0x1010 : 0x3232));
-                nvfp4_pairs(of_high, word(high, j), __byte_perm(h, 0, j < 2 ? 0x1010 : 0x3232));
+                if (j < 2) nvfp4_pairs<false>(of_low, word(low, j), l), nvfp4_pairs<false>(of_high, word(high, j), h);
+                else nvfp4_pairs<true>(of_low, word(low, j), l), nvfp4_pairs<true>(of_high, word(high, j), h);
                 uint32_t a[4] = {of_low[0], of_high[0], of_low[1], of_high[1]};
                 uint32_t b[4] = {of_low[2], of_high[2], of_low[3], of_high[3]};
 #pragma unroll

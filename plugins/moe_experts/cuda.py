@@ -9,9 +9,9 @@ from typing import Any
 from plugins.linear.cuda import MAX_EXPERTS, SET_ROWS, SLOT, STATIC, TILE, WARPS, Input, Segment, row_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
-DOWN_WARPS = 12
+DOWN_WARPS = 10
 PASS_BYTES = DOWN_WARPS * SLOT
-ROUTING_BYTES, DOWN_STATIC = 1344, 6192  # of shared memory that the kernels declare, and four for each expert
+ROUTING_BYTES, DOWN_STATIC = 1344, 6720  # of shared memory that the kernels declare, and four for each expert
 MAX_DOWN_DEPTH = 4  # passes that a warp has under way
 MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 
@@ -61,8 +61,8 @@ class ExpertsDecode:
         """room: see LinearDecode.linear."""
         given = arguments.input
         most = min(int(given.rows) * self.top_k, self.num_experts) * -(-arguments.inner // 8)
-        own = max(room - STATIC[given.rows > SET_ROWS] - ROUTING_BYTES - 4 * self.num_experts, 0)
-        blocks, shared = min(most, self.multiprocessors), given.fit(own, self.shared_limit)
+        own, blocks = max(room - STATIC - ROUTING_BYTES - 4 * self.num_experts, 0), min(most, self.multiprocessors)
+        shared = given.fit(-(-most // blocks), own, self.shared_limit)
         kernel = self.module.kernel("experts_up_4" if given.rows <= SET_ROWS else "experts_up_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)
 

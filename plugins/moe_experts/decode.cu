@@ -29,15 +29,28 @@ struct UpWork {
     const Chosen& chosen;
 
     DEVICE int tiles_of_item() const { return (a.inner + 7) >> 3; }
-    DEVICE Tile tile(int index) const {
-        int k = a.input.k, item = index / tiles_of_item(), bytes = bytes_of(k, a.format), scales = k / 16;
-        int64_t gate = (int64_t)chosen.expert[item] * 2 * a.inner, up = gate + a.inner;
-        return make_tile(a.weight + gate * bytes, a.scale + gate * scales, a.weight + up * bytes,
-                                 a.scale + up * scales, (index - item * tiles_of_item()) * 8, a.inner, k, a.format);
+    struct Place {
+        int index;  // of its item
+        int item = 0;
+        DEVICE explicit Place(int index) : index(index) {}
+    };
+    DEVICE void open(Place& p, Tile& tile) const {
+        int tiles = tiles_of_item();
+#pragma unroll 1
+        while (p.index >= tiles) p.index -= tiles, p.item++;
+        uint32_t gate = chosen.expert[p.item] * 2 * a.inner, up = gate + a.inner, row = p.index * 8;
+        tile = make_tile({a.weight, a.scale, gate + row, gate + a.inner - 1},
+                         {a.weight, a.scale, up + row, up + a.inner - 1}, a.input.k, a.format);
+    }
+    DEVICE void advance(Place& p, Tile& tile) const {
+        p.index += gridDim.x;
+        open(p, tile);
     }
     DEVICE Prepared prepare(int index) const {
-        int item = index / tiles_of_item();
-        Prepared p = {item, (index - item * tiles_of_item()) * 8, 0.f, 0.f};
+        int item = 0, tiles = tiles_of_item();
+#pragma unroll 1
+        while (index >= tiles) index -= tiles, item++;
+        Prepared p = {item, index * 8, 0.f, 0.f};
         const float* scale_2 = a.scale_2 + 2 * chosen.expert[item];
         if (a.format == NVFP4) p.scale_2 = scale_2[0], p.scale_2_up = scale_2[1];
         return p;
@@ -64,11 +77,11 @@ DEVICE void up_rows(const UpArguments& a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
     __shared__ Chosen chosen;
-    __shared__ float exchange[WARPS * 2 * SETS * 32];
     const Input& in = a.input;
     const UpWork<SETS> work = {a, chosen};
     uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
-    int warp = threadIdx.x >> 5;
+    float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
+    int warp = threadIdx.x >> 5, own = blockIdx.x + warp * gridDim.x;
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
     wait_for_previous();
@@ -76,12 +89,12 @@ DEVICE void up_rows(const UpArguments& a) {
     if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
     stage(vectors, staged, in, weight, a.format);  // now: the rows would queue up behind the weights
     choose_experts(chosen, keys, in.rows, false);
-    Plan plan = Plan::of(chosen.count * work.tiles_of_item(), blockIdx.x, gridDim.x);
-    Stream<UpWork<SETS>> stream(work, in, plan, a.format, shared_memory);
+    int tiles = chosen.count * work.tiles_of_item();
+    Stream<UpWork<SETS>> stream(work, in, a.format, blockIdx.x, tiles, gridDim.x, shared_memory);
     launch_next();  // not before: experts_down reads the router's logits at once, and its weights would come first
     PreparedAct prepared = {};
-    if (plan.first() < plan.tiles) prepared = work.prepare(plan.first());
-    multiply_tiles<SETS>(in, plan, stream, work, prepared, vectors, staged, exchange);
+    if (own < tiles) prepared = work.prepare(own);
+    multiply_tiles<SETS>(in, stream, work, prepared, vectors, staged, exchange);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_8(const __grid_constant__ UpArguments a) { up_rows<2>(a); }
@@ -104,17 +117,8 @@ struct DownArguments {
     int depth;                     // passes that a warp has under way
 };
 
-constexpr int DOWN_WARPS = 12;
+constexpr int DOWN_WARPS = 10;
 constexpr int AT_ONCE = 3;  // vectors that a warp stages together
-
-DEVICE float split_vector(uint8_t* vector, int k, uint32_t largest, int format) {
-    largest = __reduce_max_sync(ALL_LANES, largest);
-    float scale = scale_of(largest, format);
-#pragma unroll 1
-    for (int at = (threadIdx.x & 31) * 8; at < k; at += PIECE)
-        split_raw(vector + chunk_place(at / 8), vector_bytes(k), scale, format);
-    return unscale_of(largest, format);
-}
 
 // One block per 16 rows of the down projections; its warps take an expert each. Item 0 is the shared expert.
 template <int SETS>
@@ -123,6 +127,7 @@ DEVICE void down_rows(const DownArguments& a) {
     __shared__ Chosen chosen;
     __shared__ float parts[MAX_ROWS * (TOP_K + 1)][TILE];  // [pair, tile row]; a pair: a row's place, or shared expert
     __shared__ float unscale[MAX_ROWS * (TOP_K + 1)];
+    __shared__ uint8_t pair_for[MAX_ITEMS + 1][MAX_ROWS];  // a row's pair in an item; for others another row's
     launch_next();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, first = blockIdx.x * TILE;
     int pairs = a.rows * TOP_K, stride = 2 * vector_bytes(a.inner), shared_stride = 2 * vector_bytes(a.shared_inner);
@@ -144,13 +149,10 @@ DEVICE void down_rows(const DownArguments& a) {
     auto format_of = [&](int item) { return item ? a.format : a.shared.format; };
     auto end_of = [&](int item) { return bytes_of(item ? a.inner : a.shared_inner, format_of(item)); };
     auto find = [&](int item) {
-        const uint8_t *weight = a.shared.weight, *scale = a.shared.scale;
-        int k = item ? a.inner : a.shared_inner, format = format_of(item);
-        if (item) {
-            int64_t row = (int64_t)chosen.expert[item - 1] * a.hidden;
-            weight = a.weight + row * bytes_of(k, format), scale = a.scale + row * (k / 16);
-        }
-        return make_tile(weight, scale, nullptr, nullptr, first, a.hidden, k, format);
+        uint32_t before = item ? chosen.expert[item - 1] * a.hidden : 0, row = before + first, last = before + a.hidden - 1;
+        const uint8_t *weight = item ? a.weight : a.shared.weight, *scale = item ? a.scale : a.shared.scale;
+        return make_tile({weight, scale, row, last}, {weight, scale, row + 8, last}, item ? a.inner : a.shared_inner,
+                         format_of(item));
     };
     int next_item = warp, next_at = 0, next_end = 0, next_format = BF16;
     Tile next;
@@ -173,47 +175,70 @@ DEVICE void down_rows(const DownArguments& a) {
         if (item >= items || format_of(item) == BF16) return 1.f;
         return item ? a.scale_2[chosen.expert[item - 1]] : *a.shared.scale_2;
     };
+    for (int i = threadIdx.x; i < items * MAX_ROWS; i += 32 * DOWN_WARPS) {
+        int item = i / MAX_ROWS, pair = pair_of(item, i % MAX_ROWS);
+        for (int row = 0; pair < 0; row++) pair = pair_of(item, row);
+        pair_for[item][i % MAX_ROWS] = pair;
+    }
     float scale_2 = scale_2_of(warp);
     int tile_row = threadIdx.x % TILE, row = threadIdx.x / TILE, n = first + tile_row;
     bool finishing = row < a.rows && n < a.hidden;
     float gate = 0.f, residual = 0.f;
     wait_for_previous();
     if (finishing) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
+    int longest = max(a.inner, a.shared_inner);
+#pragma unroll 1
     for (int from = warp; from < pairs + a.rows; from += AT_ONCE * DOWN_WARPS) {  // stage what the rows' experts made
+        float v[AT_ONCE][2][8];
         uint32_t largest[AT_ONCE] = {};
-        for (int at = lane * 8; at < max(a.inner, a.shared_inner); at += 2 * PIECE) {
-            float v[AT_ONCE][2][8] = {};
+        bool several = from + DOWN_WARPS < pairs + a.rows;
+#pragma unroll 1
+        for (int turn = 0; turn < 2; turn++) {  // find their scales, then write them
+#pragma unroll 1
+            for (int at = lane * 8; at < longest; at += 2 * PIECE) {
+                auto pair_at = [&](int i) { return from + i * DOWN_WARPS; };
+                auto length = [&](int i) {
+                    return pair_at(i) < pairs ? a.inner : pair_at(i) < pairs + a.rows ? a.shared_inner : 0;
+                };
+                auto load = [&](int i) {
+                    int pair = pair_at(i), k = length(i);
+                    const float* x = pair < pairs ? a.act + (int64_t)pair * k : a.shared_act + (int64_t)(pair - pairs) * k;
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                int pair = from + i * DOWN_WARPS, k = pair < pairs ? a.inner : a.shared_inner;
-                const float* x = pair < pairs ? a.act + (int64_t)pair * k : a.shared_act + (int64_t)(pair - pairs) * k;
+                    for (int h = 0; h < 2; h++) {
 #pragma unroll
-                for (int h = 0; h < 2; h++)
-                    if (pair < pairs + a.rows && at + h * PIECE < k) load_eight(v[i][h], x + at + h * PIECE);
-            }
+                        for (int j = 0; j < 8; j++) v[i][h][j] = 0.f;
+                        if (at + h * PIECE < k) load_eight(v[i][h], x + at + h * PIECE);
+                    }
+                };
+                auto find = [&](int i) {
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                int pair = from + i * DOWN_WARPS, k = pair < pairs ? a.inner : a.shared_inner;
-                if (pair >= pairs + a.rows) break;
+                    for (int j = 0; j < 16; j++) largest[i] = max(largest[i], magnitude_bits(v[i][j / 8][j % 8]));
+                };
+                auto write = [&](int i) {
+                    int k = length(i), format = pair_at(i) < pairs ? a.format : a.shared.format;
+                    float scale = scale_of(largest[i], format);
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    uint8_t* place = vectors + vector_of(pair) + chunk_place((at + h * PIECE) / 8);
-                    if (at + h * PIECE >= k) continue;
-                    put_raw(place, vector_bytes(k), v[i][h]);
-#pragma unroll
-                    for (int j = 0; j < 8; j++) largest[i] = max(largest[i], magnitude_bits(v[i][h][j]));
+                    for (int h = 0; h < 2; h++)
+                        if (at + h * PIECE < k)
+                            split_eight(vectors + vector_of(pair_at(i)) + chunk_place((at + h * PIECE) / 8),
+                                        vector_bytes(k), v[i][h], scale, format);
+                    if (at == 0 && k) unscale[pair_at(i)] = unscale_of(largest[i], format);
+                };
+                if (turn == 0 || longest > 2 * PIECE) {
+                    load(0);
+                    if (several) load(1), load(2);
+                }
+                if (turn == 0) {
+                    find(0);
+                    if (several) find(1), find(2);
+                } else {
+                    write(0);
+                    if (several) write(1), write(2);
                 }
             }
-        }
-#pragma unroll 1
-        for (int i = 0; i < AT_ONCE; i++) {
-            int pair = from + i * DOWN_WARPS, k = pair < pairs ? a.inner : a.shared_inner;
-            int format = pair < pairs ? a.format : a.shared.format;
-            if (pair >= pairs + a.rows) break;
-            uint32_t own = i == 0 ? largest[0] : i == 1 ? largest[1] : largest[2];
-            uint8_t* vector = vectors + vector_of(pair);
-            float u = split_vector(vector, k, own, format);
-            if (lane == 0) unscale[pair] = u;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (turn == 0) largest[i] = __reduce_max_sync(ALL_LANES, largest[i]);
         }
     }
     __syncthreads();
@@ -222,13 +247,10 @@ DEVICE void down_rows(const DownArguments& a) {
     int slot = 0;
 #pragma unroll 1
     for (int item = warp; item < items; item += DOWN_WARPS) {
-        int any = -1, format = format_of(item), end = end_of(item), columns[SETS];
-        for (int r = 0; r < a.rows; r++) any = max(any, pair_of(item, r));
+        int format = format_of(item), end = end_of(item), columns[SETS];
 #pragma unroll
-        for (int s = 0; s < SETS; s++) {
-            int pair = pair_of(item, s * SET_ROWS + (g >> 1));
-            columns[s] = vector_of(pair < 0 ? any : pair) + (g & 1) * (item ? stride : shared_stride) / 2;
-        }
+        for (int s = 0; s < SETS; s++)
+            columns[s] = vector_of(pair_for[item][s * SET_ROWS + (g >> 1)]) + (g & 1) * (item ? stride : shared_stride) / 2;
         sums.clear();
 #pragma unroll 1
         for (int at = 0; at < end; at += PASS) {

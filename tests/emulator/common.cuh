@@ -43,6 +43,9 @@ inline uint32_t mul_half2(uint32_t a, uint32_t b) {  // a product of two halves 
                     half_to_float((uint16_t)(a >> 16)) * half_to_float((uint16_t)(b >> 16)));
 }
 
+inline uint32_t mul_half2_low(uint32_t a, uint32_t b) { return mul_half2(a, (b & 0xffffu) * 0x10001u); }
+inline uint32_t mul_half2_high(uint32_t a, uint32_t b) { return mul_half2(a, (b >> 16) * 0x10001u); }
+
 inline uint32_t e4m3x2_to_half2(uint16_t bytes) {
     float value[2];
     for (int i = 0; i < 2; i++) {
@@ -138,6 +141,10 @@ inline uint4 load_weights(const void* address) {
 
 inline void copy_async16(void* shared, const void* global, bool valid) { emulator_copy(shared, global, 16, valid); }
 inline void copy_async4(void* shared, const void* global, bool valid) { emulator_copy(shared, global, 4, valid); }
+inline void copy_async8(void* shared, const void* global, int bytes) {
+    if ((unsigned long long)global % 8) emulator_fail("copy_async8: an address that is not aligned to 8 bytes");
+    for (int i = 0; i < 8; i += 4) emulator_copy((char*)shared + i, (const char*)global + i, 4, bytes > i);
+}
 inline uint64_t evict_first() { return 0; }
 inline void copy_weights16(void* shared, const void* global, bool valid, uint64_t) {
     emulator_copy(shared, global, 16, valid);
