@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 LEAST_CAPABILITY = (8, 0)
 STATIC_SHARED = 9 << 10  # bytes of a block's shared memory that kernels declare themselves, at most
 # Of a multiprocessor's shared memory, kept for short kernels; the rest is for a large room and a small one.
-SPARE_SHARED, LARGE_PERCENT = 10 << 10, 56
+SPARE_SHARED, LARGE_PERCENT = 10 << 10, 53
+ROUTER_LATE = True
 DRAFT_HEAD = "mtp.draft_head"  # the quantized copy of a bfloat16 lm_head
 
 
@@ -71,8 +72,8 @@ class Gpu:
         """
         total = self.shared_bytes + 1024 - SPARE_SHARED
         large = total * LARGE_PERCENT // 100
-        # Of several rows experts_down stages most: it comes last in a layer and gets the large room.
-        return (large, total - large) if rows == 1 else (total - large, large)
+        # Of many rows experts_down stages most: it comes last in a layer and gets the large room.
+        return (large, total - large) if rows <= 3 else (total - large, large)
 
     @classmethod
     def current(cls) -> Gpu:
@@ -294,6 +295,7 @@ class CudaModel:
             self.store(f"{shared}.gate_proj", b.shared_act, up=f"{shared}.up_proj", epilogue=SWIGLU),
             self.store(f"{mlp}.shared_expert_gate", b.shared_gate),
         ]
+        given.late = ROUTER_LATE  # experts_up reads x before it waits
         self.launch("router, shared up", self.linear.linear, given, segments, room=second)
         format = FORMATS[self.weights.format_of(f"{mlp}.experts")]
         up, out = (self.expert_weights(f"{mlp}.experts.{part}_proj", format) for part in ("gate_up", "down"))

@@ -46,17 +46,18 @@ DEVICE Share share_of(int k, int share) {
 
 DEVICE int head_at(const Input& in, int k) { return (int)__fdividef(k + 0.5f, in.head_dim); }
 
-DEVICE float head_factor(const Input& in, int row, int k) {
+// Sums of squares of value k's head; of four parts at once, or as many as there are.
+DEVICE float4 head_parts(const Input& in, int row, int k) {
     const float* parts = in.head_squares + (row * head_at(in, in.k) + head_at(in, k)) * in.head_parts;
-    float sum = 0.f;
-    if (in.head_parts == 4) {
-        float4 p = __ldcg((const float4*)parts);
-        sum = (p.x + p.y) + (p.z + p.w);
-    } else {
+    if (in.head_parts == 4) return __ldcg((const float4*)parts);
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 1
-        for (int i = 0; i < in.head_parts; i++) sum += __ldcg(parts + i);
-    }
-    return rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
+    for (int i = 0; i < in.head_parts; i++) sum.x += __ldcg(parts + i);
+    return sum;
+}
+
+DEVICE float head_factor(const Input& in, const float4& parts) {
+    return rsqrtf(__fdividef((parts.x + parts.y) + (parts.z + parts.w), in.head_dim) + in.epsilon);
 }
 
 struct NormWeight {
@@ -74,7 +75,7 @@ DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormW
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
     Share share = share_of(in.k, warp);
     int pieces = (share.end - share.begin + PIECE - 1) / PIECE, shift = pieces > 2 ? 2 : pieces > 1 ? 1 : 0;
-    bool several = pieces > 1 || in.rows > 1;
+    bool several = pieces > 1 || in.rows > 1, many = pieces * in.rows > 2;
     if (!pieces && lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
 #pragma unroll 1
     for (int first = 0; first < in.rows; first += BATCH >> shift) {
@@ -93,7 +94,8 @@ DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormW
                     if (valid(i) && at_of(i) < share.end)
                         load_eight(x[i], in.x + (int64_t)row_of(i) * in.x_stride + at_of(i));
                 };
-                float squares[BATCH], factor[BATCH];
+                float squares[BATCH];
+                float4 parts[BATCH];
                 uint32_t largest[BATCH];
                 auto scale = [&](int i) {  // by the norm's weights or the heads' factors
                     squares[i] = 0.f, largest[i] = 0;
@@ -107,14 +109,15 @@ DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormW
                         }
                     }
                     if (in.head_squares) {
+                        float factor = head_factor(in, parts[i]);
 #pragma unroll
-                        for (int j = 0; j < 8; j++) x[i][j] *= factor[i];
+                        for (int j = 0; j < 8; j++) x[i][j] *= factor;
                     }
 #pragma unroll
                     for (int j = 0; j < 8; j++) largest[i] = max(largest[i], magnitude_bits(x[i][j]));
                 };
-                auto factor_of_head = [&](int i) {
-                    factor[i] = valid(i) ? head_factor(in, row_of(i), min(at_of(i), in.k - 1)) : 0.f;
+                auto load_parts = [&](int i) {  // without a branch, which would wait for what it loads
+                    parts[i] = head_parts(in, min(row_of(i), in.rows - 1), min(at_of(i), in.k - 1));
                 };
                 auto keep = [&](int i) {
                     if (!valid(i) || lane) return;
@@ -132,18 +135,22 @@ DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormW
                 };
                 if (turn == 0 || pieces > BATCH) {
                     load(0);
-                    if (several) load(1), load(2), load(3);
+                    if (several) load(1);
+                    if (many) load(2), load(3);
                     if (in.head_squares) {  // while the values are under way
-                        factor_of_head(0);
-                        if (several) factor_of_head(1), factor_of_head(2), factor_of_head(3);
+                        load_parts(0);
+                        if (several) load_parts(1);
+                        if (many) load_parts(2), load_parts(3);
                     }
                     scale(0);
-                    if (several) scale(1), scale(2), scale(3);
+                    if (several) scale(1);
+                    if (many) scale(2), scale(3);
                 }
                 if (turn == 0) {
                     if (in.norm_weight) squares[0] = warp_sum(squares[0]);
                     largest[0] = __reduce_max_sync(ALL_LANES, largest[0]);
                     if (several) {  // side by side
+                        for (int i = 2; i < BATCH && !many; i++) squares[i] = 0.f, largest[i] = 0;
 #pragma unroll
                         for (int offset = 16; in.norm_weight && offset; offset >>= 1)
 #pragma unroll
@@ -153,10 +160,12 @@ DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormW
                         for (int i = 1; i < BATCH; i++) largest[i] = __reduce_max_sync(ALL_LANES, largest[i]);
                     }
                     keep(0);
-                    if (several) keep(1), keep(2), keep(3);
+                    if (several) keep(1);
+                    if (many) keep(2), keep(3);
                 } else {
                     write(0);
-                    if (several) write(1), write(2), write(3);
+                    if (several) write(1);
+                    if (many) write(2), write(3);
                 }
             }
             __syncwarp();
@@ -179,6 +188,7 @@ template <typename Work>
 struct Stream {
     const Work& work;
     Slot* slots;
+    uint64_t policy;
     int format, depth;
     int begin, end;  // of the warp's share, in bytes of a weight row
     int first, tiles, grid;
@@ -186,10 +196,11 @@ struct Stream {
     typename Work::Place place;
     Tile tile;
 
-    DEVICE Stream(const Work& work, const Input& in, int format, int first, int tiles, int grid, uint4* memory)
-        : work(work), format(format), first(first), tiles(tiles), grid(grid), next(first), place(first) {
+    DEVICE Stream(const Work& work, const Input& in, int format, int first, int tiles, int grid, uint4* memory,
+                  int most = MAX_DEPTH)
+        : work(work), policy(evict_first()), format(format), first(first), tiles(tiles), grid(grid), next(first), place(first) {
         Share share = share_of(in.k, threadIdx.x >> 5);
-        depth = min(in.slots / WARPS, MAX_DEPTH), slots = (Slot*)memory + (threadIdx.x >> 5) * depth;
+        depth = min(in.slots / WARPS, most), slots = (Slot*)memory + (threadIdx.x >> 5) * depth;
         begin = at = bytes_of(share.begin, format), end = bytes_of(share.end, format);
         if (begin >= end) next = tiles;
         if (next < tiles) work.open(place, tile);
@@ -198,7 +209,7 @@ struct Stream {
     }
     DEVICE void put(int slot) {
         if (next < tiles) {
-            fetch(slots[slot], tile, at, end, format);
+            fetch(slots[slot], tile, at, end, format, policy);
             at += PASS;
             if (at >= end) {
                 at = begin, next += grid;

@@ -95,6 +95,15 @@ DEVICE Tile make_tile(const Run& low, const Run& high, int k, int format) {
             (lane < 16 ? low.scale : high.scale) + (lane & 1) * 8 + (uint64_t)scale * scales};
 }
 
+// The same of one matrix, whose tiles are all whole: rows from `row` on, and from `row` + `apart` on.
+DEVICE Tile make_whole_tile(const uint8_t* weight, const uint8_t* scale, uint32_t row, int apart, int k, int format) {
+    uint32_t lane = threadIdx.x & 31, bytes = bytes_of(k, format);
+    const uint8_t* low = weight + (lane & 7) * 16 + (uint64_t)(row + (lane >> 3)) * bytes;
+    uint32_t scale_row = row + (lane >> 1) + (lane < 16 ? 0 : apart - 8);
+    return {low, low + (uint64_t)bytes * apart, (int)(4 * bytes), (int)(4 * bytes),
+            scale + (lane & 1) * 8 + (uint64_t)scale_row * (k >> 4)};
+}
+
 // A pass of a warp on its way from global memory, at no cost in registers.
 struct Slot {
     uint4 codes[TILE][PASS / 16];  // [row][chunk]; odd rows have their halves exchanged, so that quads do not collide
@@ -103,10 +112,9 @@ struct Slot {
 static_assert(sizeof(Slot) == TILE * (PASS + PASS / 8), "as in cuda.py");
 
 // Starts copying the bytes at..at + PASS of the tile's rows; those from `end` on come as zeros.
-DEVICE void fetch(Slot& slot, const Tile& tile, int at, int end, int format) {
+DEVICE void fetch(Slot& slot, const Tile& tile, int at, int end, int format, uint64_t policy) {
     int lane = threadIdx.x & 31, row = lane >> 3, chunk = lane & 7;
     bool valid = at + chunk * 16 < end;
-    uint64_t policy = evict_first();
     uint4* codes = &slot.codes[row][chunk ^ (row & 1) * 4];
     const uint8_t *low = tile.low + at, *high = tile.high + at;
     copy_weights16(codes, low, valid, policy);
@@ -175,72 +183,88 @@ struct Sums {
     }
 };
 
-// sums += a pass of weights times the rows. vectors: the lane's column of the product in each set, in `memory`.
+// What a lane multiplies its 16 bytes at `offset` of a weight row with, in loads of 16 bytes: those of the chunk that
+// belong to the lane's column of the product.
+template <int FORMAT>
+constexpr int FRAGMENTS = FORMAT == NVFP4 ? 4 : FORMAT == FP8 ? 2 : 1;
+
+template <int FORMAT>
+DEVICE uint4 fragment(const uint8_t* column, int offset, int j) {
+    int chunk = FORMAT == NVFP4 ? offset >> 2 : FORMAT == FP8 ? offset >> 3 : offset >> 4, swap = (chunk >> 2) & 2;
+    int place = FORMAT != NVFP4 ? chunk_place(chunk) : 16 * (j < 2 ? chunk + swap : chunk + 2 - swap);
+    return *(const uint4*)(column + place + (FORMAT == NVFP4 ? j % 2 : j) * 16);
+}
+
+// sums += a step of weights times the rows' fragments x(set, j).
+template <int SETS, int FORMAT, typename Fragments>
+DEVICE void multiply_step(Sums<SETS>& sums, const Slot& slot, int step, const Fragments& x) {
+    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, place = (4 * step + t) ^ (g & 1) * 4;
+    uint4 low = slot.codes[g][place], high = slot.codes[g + 8][place];
+    if (FORMAT == NVFP4) {
+        uint32_t l = e4m3x2_to_half2(((const uint16_t*)slot.scales[g])[step * 4 + t]);
+        uint32_t h = e4m3x2_to_half2(((const uint16_t*)slot.scales[g + 8])[step * 4 + t]);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t of_low[4], of_high[4];
+            if (j < 2) nvfp4_pairs<false>(of_low, word(low, j), l), nvfp4_pairs<false>(of_high, word(high, j), h);
+            else nvfp4_pairs<true>(of_low, word(low, j), l), nvfp4_pairs<true>(of_high, word(high, j), h);
+            uint32_t a[4] = {of_low[0], of_high[0], of_low[1], of_high[1]};
+            uint32_t b[4] = {of_low[2], of_high[2], of_low[3], of_high[3]};
+#pragma unroll
+            for (int set = 0; set < SETS; set++) {
+                uint4 v = x(set, j);
+                mma_half(sums.c[set][j % 2 * 2], a, v.x, v.y);
+                mma_half(sums.c[set][j % 2 * 2 + 1], b, v.z, v.w);
+            }
+        }
+    } else if (FORMAT == FP8) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            uint32_t a[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                uint32_t l = word(low, 2 * j + i), h = word(high, 2 * j + i);
+                a[i][0] = e4m3x2_to_half2((uint16_t)l), a[i][1] = e4m3x2_to_half2((uint16_t)h);
+                a[i][2] = e4m3x2_to_half2((uint16_t)(l >> 16)), a[i][3] = e4m3x2_to_half2((uint16_t)(h >> 16));
+            }
+#pragma unroll
+            for (int set = 0; set < SETS; set++) {
+                uint4 v = x(set, j);
+                mma_half(sums.c[set][2 * j], a[0], v.x, v.y);
+                mma_half(sums.c[set][2 * j + 1], a[1], v.z, v.w);
+            }
+        }
+    } else {
+        uint32_t a[4] = {low.x, high.x, low.y, high.y}, b[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+        for (int set = 0; set < SETS; set++) {
+            uint4 v = x(set, 0);
+            mma_bf16(sums.c[set][2 * step], a, v.x, v.y);
+            mma_bf16(sums.c[set][2 * step + 1], b, v.z, v.w);
+        }
+    }
+}
+
+// sums += a pass of weights times the rows. columns: where in `memory` the lane's column of the product is in each set.
 // begin, end: the share of the rows in bytes; columns past the last row have no reader.
 template <int SETS, int FORMAT>
 DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin, int end, const uint8_t* memory,
-                          const int (&vectors)[SETS]) {
-    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+                          const int (&columns)[SETS]) {
 #pragma unroll
-    for (int s = 0; s < PASS / STEP; s++) {
-        int place = (4 * s + t) ^ (g & 1) * 4;
-        uint4 low = slot.codes[g][place], high = slot.codes[g + 8][place];
-        int offset = at + s * STEP + t * 16;
+    for (int step = 0; step < PASS / STEP; step++) {
+        int offset = at + step * STEP + (threadIdx.x & 3) * 16;
         if (offset >= end) offset = begin;  // zeros times anything finite
-        if (FORMAT == NVFP4) {
-            int chunk = offset >> 2, swap = (chunk >> 2) & 2;
-            int first = 16 * (chunk + swap), second = 16 * (chunk + 2 - swap);
-            uint32_t l = e4m3x2_to_half2(((const uint16_t*)slot.scales[g])[s * 4 + t]);
-            uint32_t h = e4m3x2_to_half2(((const uint16_t*)slot.scales[g + 8])[s * 4 + t]);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                uint32_t of_low[4], of_high[4];
-                if (j < 2) nvfp4_pairs<false>(of_low, word(low, j), l), nvfp4_pairs<false>(of_high, word(high, j), h);
-                else nvfp4_pairs<true>(of_low, word(low, j), l), nvfp4_pairs<true>(of_high, word(high, j), h);
-                uint32_t a[4] = {of_low[0], of_high[0], of_low[1], of_high[1]};
-                uint32_t b[4] = {of_low[2], of_high[2], of_low[3], of_high[3]};
-#pragma unroll
-                for (int set = 0; set < SETS; set++) {
-                    uint4 x = *(const uint4*)(memory + vectors[set] + (j < 2 ? first : second) + j % 2 * 16);
-                    mma_half(sums.c[set][j % 2 * 2], a, x.x, x.y);
-                    mma_half(sums.c[set][j % 2 * 2 + 1], b, x.z, x.w);
-                }
-            }
-        } else if (FORMAT == FP8) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                uint32_t a[2][4];
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    uint32_t l = word(low, 2 * j + i), h = word(high, 2 * j + i);
-                    a[i][0] = e4m3x2_to_half2((uint16_t)l), a[i][1] = e4m3x2_to_half2((uint16_t)h);
-                    a[i][2] = e4m3x2_to_half2((uint16_t)(l >> 16)), a[i][3] = e4m3x2_to_half2((uint16_t)(h >> 16));
-                }
-#pragma unroll
-                for (int set = 0; set < SETS; set++) {
-                    uint4 x = *(const uint4*)(memory + vectors[set] + chunk_place(offset >> 3) + j * 16);
-                    mma_half(sums.c[set][2 * j], a[0], x.x, x.y);
-                    mma_half(sums.c[set][2 * j + 1], a[1], x.z, x.w);
-                }
-            }
-        } else {
-            uint32_t a[4] = {low.x, high.x, low.y, high.y}, b[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-            for (int set = 0; set < SETS; set++) {
-                uint4 x = *(const uint4*)(memory + vectors[set] + chunk_place(offset >> 4));
-                mma_bf16(sums.c[set][2 * s], a, x.x, x.y);
-                mma_bf16(sums.c[set][2 * s + 1], b, x.z, x.w);
-            }
-        }
+        multiply_step<SETS, FORMAT>(
+            sums, slot, step, [&](int set, int j) { return fragment<FORMAT>(memory + columns[set], offset, j); });
     }
 }
 
 template <int SETS>
 DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int format, int at, int begin, int end, const uint8_t* memory,
-                     const int (&vectors)[SETS]) {
-    if (format == NVFP4) multiply_pass<SETS, NVFP4>(sums, slot, at, begin, end, memory, vectors);
-    else if (format == FP8) multiply_pass<SETS, FP8>(sums, slot, at, begin, end, memory, vectors);
-    else multiply_pass<SETS, BF16>(sums, slot, at, begin, end, memory, vectors);
+                     const int (&columns)[SETS]) {
+    if (format == NVFP4) multiply_pass<SETS, NVFP4>(sums, slot, at, begin, end, memory, columns);
+    else if (format == FP8) multiply_pass<SETS, FP8>(sums, slot, at, begin, end, memory, columns);
+    else multiply_pass<SETS, BF16>(sums, slot, at, begin, end, memory, columns);
 }
 
 // What a product's sums are to be multiplied with, of a format whose second scale is `scale_2`.

@@ -9,7 +9,7 @@ from typing import Any
 from plugins.linear.cuda import MAX_EXPERTS, SET_ROWS, SLOT, STATIC, TILE, WARPS, Input, Segment, row_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
-DOWN_WARPS = 10
+DOWN_WARPS = 12
 PASS_BYTES = DOWN_WARPS * SLOT
 ROUTING_BYTES, DOWN_STATIC = 1344, 6720  # of shared memory that the kernels declare, and four for each expert
 MAX_DOWN_DEPTH = 4  # passes that a warp has under way

@@ -17,6 +17,9 @@ struct UpArguments {
     int inner;
 };
 
+#ifndef UP_DEPTH
+#define UP_DEPTH MAX_DEPTH
+#endif
 struct PreparedAct {
     int item, first;
     float scale_2, scale_2_up;
@@ -35,9 +38,13 @@ struct UpWork {
         DEVICE explicit Place(int index) : index(index) {}
     };
     DEVICE void open(Place& p, Tile& tile) const {
-        int tiles = tiles_of_item();
-#pragma unroll 1
-        while (p.index >= tiles) p.index -= tiles, p.item++;
+        int tiles = tiles_of_item(), items = (int)__fdividef(p.index + 0.5f, tiles);
+        p.index -= items * tiles, p.item += items;
+        if (a.inner % 8 == 0) {
+            uint32_t row = chosen.expert[p.item] * 2 * a.inner + p.index * 8;
+            tile = make_whole_tile(a.weight, a.scale, row, a.inner, a.input.k, a.format);
+            return;
+        }
         uint32_t gate = chosen.expert[p.item] * 2 * a.inner, up = gate + a.inner, row = p.index * 8;
         tile = make_tile({a.weight, a.scale, gate + row, gate + a.inner - 1},
                          {a.weight, a.scale, up + row, up + a.inner - 1}, a.input.k, a.format);
@@ -84,13 +91,13 @@ DEVICE void up_rows(const UpArguments& a) {
     int warp = threadIdx.x >> 5, own = blockIdx.x + warp * gridDim.x;
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
+    stage(vectors, staged, in, weight, a.format);  // while the router works, see common.cuh
     wait_for_previous();
     Keys keys;
     if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
-    stage(vectors, staged, in, weight, a.format);  // now: the rows would queue up behind the weights
     choose_experts(chosen, keys, in.rows, false);
     int tiles = chosen.count * work.tiles_of_item();
-    Stream<UpWork<SETS>> stream(work, in, a.format, blockIdx.x, tiles, gridDim.x, shared_memory);
+    Stream<UpWork<SETS>> stream(work, in, a.format, blockIdx.x, tiles, gridDim.x, shared_memory, UP_DEPTH);
     launch_next();  // not before: experts_down reads the router's logits at once, and its weights would come first
     PreparedAct prepared = {};
     if (own < tiles) prepared = work.prepare(own);
@@ -117,8 +124,8 @@ struct DownArguments {
     int depth;                     // passes that a warp has under way
 };
 
-constexpr int DOWN_WARPS = 10;
-constexpr int AT_ONCE = 3;  // vectors that a warp stages together
+constexpr int DOWN_WARPS = 12;
+constexpr int AT_ONCE = 2;  // vectors that a warp stages together
 
 // One block per 16 rows of the down projections; its warps take an expert each. Item 0 is the shared expert.
 template <int SETS>
@@ -151,9 +158,12 @@ DEVICE void down_rows(const DownArguments& a) {
     auto find = [&](int item) {
         uint32_t before = item ? chosen.expert[item - 1] * a.hidden : 0, row = before + first, last = before + a.hidden - 1;
         const uint8_t *weight = item ? a.weight : a.shared.weight, *scale = item ? a.scale : a.shared.scale;
+        if (a.hidden % TILE == 0)
+            return make_whole_tile(weight, scale, row, 8, item ? a.inner : a.shared_inner, format_of(item));
         return make_tile({weight, scale, row, last}, {weight, scale, row + 8, last}, item ? a.inner : a.shared_inner,
                          format_of(item));
     };
+    const uint64_t policy = evict_first();
     int next_item = warp, next_at = 0, next_end = 0, next_format = BF16;
     Tile next;
     auto open = [&] {
@@ -163,7 +173,7 @@ DEVICE void down_rows(const DownArguments& a) {
     open();
     auto fetch_next = [&](int slot) {
         if (next_item < items) {
-            fetch(slots[slot], next, next_at, next_end, next_format);
+            fetch(slots[slot], next, next_at, next_end, next_format, policy);
             next_at += PASS;
             if (next_at >= next_end) next_item += DOWN_WARPS, open();
         }
@@ -226,14 +236,14 @@ DEVICE void down_rows(const DownArguments& a) {
                 };
                 if (turn == 0 || longest > 2 * PIECE) {
                     load(0);
-                    if (several) load(1), load(2);
+                    if (several) load(1);
                 }
                 if (turn == 0) {
                     find(0);
-                    if (several) find(1), find(2);
+                    if (several) find(1);
                 } else {
                     write(0);
-                    if (several) write(1), write(2);
+                    if (several) write(1);
                 }
             }
 #pragma unroll
