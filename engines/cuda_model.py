@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 
 LEAST_CAPABILITY = (8, 0)
 STATIC_SHARED = 9 << 10  # bytes of a block's shared memory that kernels declare themselves, at most
-# Of a multiprocessor's shared memory, kept for short kernels; the rest is for a large room and a small one.
-SPARE_SHARED, LARGE_PERCENT = 10 << 10, 53
-ROUTER_LATE = True
+SPARE_SHARED = 4 << 10  # bytes of a multiprocessor's shared memory outside the two rooms
 DRAFT_HEAD = "mtp.draft_head"  # the quantized copy of a bfloat16 lm_head
 
 
@@ -62,7 +60,8 @@ class Gpu:
     multiprocessors: int
     shared_bytes: int  # that one block may have
 
-    def rooms(self, rows: int) -> tuple[int, int]:
+    @property
+    def rooms(self) -> tuple[int, int]:
         """Bytes of shared memory that successive launches of a layer take in turn, the first one first.
 
         A kernel's blocks start while those of the one before it still work. Left alone they crowd onto the
@@ -70,10 +69,9 @@ class Gpu:
         different sizes, the larger more than half, leaves space for one of the next kernel alone: one on each.
         Dense layers have an odd number of launches: their last and the next layer's first take the same room.
         """
-        total = self.shared_bytes + 1024 - SPARE_SHARED
-        large = total * LARGE_PERCENT // 100
-        # Of many rows experts_down stages most: it comes last in a layer and gets the large room.
-        return (large, total - large) if rows <= 3 else (total - large, large)
+        total = self.shared_bytes + 1024
+        large = total // 2 + 1024
+        return large, total - SPARE_SHARED - large
 
     @classmethod
     def current(cls) -> Gpu:
@@ -235,7 +233,7 @@ class CudaModel:
 
     def delta_net(self, name: str, rows: int) -> None:
         b, sizes, mixer = self.buffers, self.gdn.sizes, f"{name}.linear_attn"
-        first, second = self.gpu.rooms(rows)
+        first, second = self.gpu.rooms
         state, ring = self.state.recurrent[name]
         segments = [
             self.segment(f"{mixer}.in_proj_{part}", ring.data_ptr() + 4 * at, sizes.row_stride, ring_mask=gdn.RING - 1)
@@ -258,7 +256,7 @@ class CudaModel:
         parts = {"q": b.q, "k": b.k, "v": b.v}
         segments = [self.store(f"{mixer}.{part}_proj", out) for part, out in parts.items()]
         given = self.input(x, rows, f"{name}.input_layernorm")
-        self.launch("attention in", self.linear.linear, given, segments, room=self.gpu.rooms(rows)[0])
+        self.launch("attention in", self.linear.linear, given, segments, room=self.gpu.rooms[0])
         rows_of = {part: out.data_ptr() for part, out in zip(("q_gate", "k", "v"), parts.values(), strict=True)}
         self.launch(
             "attention",
@@ -280,7 +278,7 @@ class CudaModel:
 
     def mlp(self, name: str, x: Tensor, rows: int) -> None:
         c, b, mlp, norm = self.config, self.buffers, f"{name}.mlp", f"{name}.post_attention_layernorm"
-        first, second = self.gpu.rooms(rows)
+        first, second = self.gpu.rooms
         given = self.input(x, rows, norm)
         if not c.is_moe:
             pair = self.store(f"{mlp}.gate_proj", b.shared_act, up=f"{mlp}.up_proj", epilogue=SWIGLU)
@@ -295,7 +293,7 @@ class CudaModel:
             self.store(f"{shared}.gate_proj", b.shared_act, up=f"{shared}.up_proj", epilogue=SWIGLU),
             self.store(f"{mlp}.shared_expert_gate", b.shared_gate),
         ]
-        given.late = ROUTER_LATE  # experts_up reads x before it waits
+        given.late = True  # experts_up reads x before it waits
         self.launch("router, shared up", self.linear.linear, given, segments, room=second)
         format = FORMATS[self.weights.format_of(f"{mlp}.experts")]
         up, out = (self.expert_weights(f"{mlp}.experts.{part}_proj", format) for part in ("gate_up", "down"))
@@ -324,7 +322,7 @@ class CudaModel:
             if kind == FULL:
                 self.attend(name, b.x, rows, self.control(sampling_cuda.POSITION), 0)
                 given = self.input(b.attended, rows)
-                self.add("attention out", given, f"{name}.self_attn.o_proj", b.x, self.gpu.rooms(rows)[0])
+                self.add("attention out", given, f"{name}.self_attn.o_proj", b.x, self.gpu.rooms[0])
             else:
                 self.delta_net(name, rows)
             self.mlp(name, b.x, rows)
@@ -344,7 +342,7 @@ class CudaModel:
             *(w("mtp.pre_fc_norm_embedding.weight"), hidden.data_ptr(), w("mtp.pre_fc_norm_hidden.weight")),
             *(b.pair.data_ptr(), rows, self.config.rms_norm_eps),
         )
-        x, room = b.head_x, self.gpu.rooms(rows)[1]
+        x, room = b.head_x, self.gpu.rooms[1]
         self.launch("head fc", self.linear.linear, self.input(b.pair, rows), [self.store("mtp.fc", x)], room=room)
         # Only the last true row is drafted from; the others leave their keys and values.
         position, offset = (sampling_cuda.HEAD_POSITION, 0) if first else (sampling_cuda.POSITION, index - 1)
@@ -352,7 +350,7 @@ class CudaModel:
         self.attend(name, x, rows, self.control(position), offset, query_row=last)
         out = [self.store(f"{name}.self_attn.o_proj", b.draft_x, epilogue=ADD)]
         given = self.input(b.attended, 1)
-        row, room = last or None, self.gpu.rooms(1)[0]
+        row, room = last or None, self.gpu.rooms[0]
         self.launch("attention out", self.linear.linear, given, out, residual=x.data_ptr(), residual_row=row, room=room)
         self.mlp(name, b.draft_x, 1)
         head = self.store(self.draft_head, b.draft_logits, n=self.draft_vocab)

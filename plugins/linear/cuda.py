@@ -23,7 +23,8 @@ MAX_SEGMENTS, MAX_ROWS, TILE = 4, 8, 16
 SET_ROWS = 4  # rows that a tensor core multiplies at a time; kernels of more are their own
 WARPS = 8  # of a block (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
-SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh)
+SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh), scales included
+MAX_DEPTH = 8  # passes that a warp has under way
 EXCHANGE = 4 * TILE * WARPS  # bytes of a row's products with a tile, by shares of k (stage.cuh)
 MAX_EXPERTS = 512
 STATIC = 512  # bytes of shared memory that the kernels declare
@@ -79,16 +80,21 @@ class Input(Structure):
         ("head_parts", c_int),
         ("k", c_int),
         ("rows", c_int),
-        ("slots", c_int),
+        ("pool", c_int),
         ("late", c_int),
     ]
 
     def fit(self, tiles: int, room: int, shared_limit: int) -> int:
-        """Sets `slots`: as many passes as a room has space for, two a warp at least, if the device has that much. ->
+        """Sets `pool`: as much as a room has space for, two passes a warp at least, if the device has that much. ->
         bytes of dynamic shared memory, of the whole room if there is one. tiles: of a block, at most."""
         staged = int(self.rows) * (row_bytes(self.k) + min(tiles, WARPS) * EXCHANGE)
-        self.slots = min(max((room - staged) // SLOT, 2 * WARPS), (shared_limit - staged) // SLOT)
-        return max(staged + int(self.slots) * SLOT, room)
+        least, most = 2 * WARPS * SLOT, MAX_DEPTH * WARPS * SLOT
+        self.pool = min(max(room - staged, least), most, shared_limit - staged) // 16 * 16
+        return max(staged + int(self.pool), room)
+
+    def depth(self, format: int) -> int:
+        """Passes that a warp has under way."""
+        return min(int(self.pool) // WARPS // (SLOT if format == FORMATS["nvfp4"] else PASS * TILE), MAX_DEPTH)
 
 
 class Part(Structure):
@@ -101,6 +107,7 @@ class Part(Structure):
         ("first_block", c_int),
         ("blocks", c_int),
         ("tiles", c_int),
+        ("depth", c_int),
     ]
 
 
@@ -175,11 +182,12 @@ class LinearDecode:
         parts = parts_of(segments, self.multiprocessors * (1 if room else 2))
         arguments = LinearArguments(Segments.of(segments), input=given)
         arguments.residual, arguments.residual_row, arguments.normed = residual, residual_row, normed
-        for i, part in enumerate(parts):
-            arguments.parts[i] = part
         own = room - STATIC if room else self.shared_limit // 2 - STATIC
         tiles = max(-(-part.tiles // part.blocks) for part in parts)
         shared = arguments.input.fit(tiles, own, self.shared_limit)
+        for i, part in enumerate(parts):
+            part.depth = arguments.input.depth(int(part.format))
+            arguments.parts[i] = part
         blocks = self.multiprocessors if room else sum(part.blocks for part in parts)
         kernel = self.module.kernel("linear_4" if given.rows <= SET_ROWS else "linear_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)

@@ -11,6 +11,7 @@ struct Part {
     int first_segment, end_segment;
     int first_block, blocks;
     int tiles;
+    int depth;  // passes that a warp has under way
 };
 constexpr int MAX_PARTS = 3;
 
@@ -51,11 +52,11 @@ struct LinearWork {
     }
     struct Place {
         int index;        // in its segment
-        int segment = 0;  // from the part's first one
+        int segment;      // from the part's first one
         int whole;        // tiles of the segment, but for one that is not full
         int stride, scale_stride;  // bytes from a tile to the next one of the block
-        DEVICE explicit Place(int index) : index(index) {}
     };
+    DEVICE Place place(int index) const { return {index}; }
     DEVICE void open(Place& p, Tile& tile) const {
 #pragma unroll 1
         while (part.first_segment + p.segment + 1 < part.end_segment) {
@@ -138,10 +139,11 @@ DEVICE void linear_rows(const LinearArguments& a) {
     }
     const Part& part = a.parts[i];
     const LinearWork<SETS> work = {a, part};
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
+    uint8_t* vectors = (uint8_t*)shared_memory + in.pool;
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     int block = blockIdx.x - part.first_block, own = block + threadIdx.x / 32 * part.blocks;
-    Stream<LinearWork<SETS>> stream(work, in, part.format, block, part.tiles, part.blocks, shared_memory);
+    Stream<LinearWork<SETS>> stream(work, in, part.format, part.depth, block, part.blocks, shared_memory);
+    stream.start(part.tiles);
     NormWeight weight;
     weight.load(in, share_of(in.k, threadIdx.x / 32));
     typename LinearWork<SETS>::Prepared prepared = {};

@@ -24,7 +24,7 @@ struct Input {
     int head_parts;
     int k;
     int rows;
-    int slots;                  // passes that a block has room for, one a warp at least
+    int pool;                   // bytes of shared memory for passes under way
     int late;                   // start the next kernel only after the wait (see common.cuh)
 };
 
@@ -183,33 +183,38 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 // ---- tiles -------------------------------------------------------------------------------------------------------
 
 // A warp's weights on their way: its share of the block's tiles, every `grid`-th from `first` on, in passes. A Work has
-// a Place, of a tile, made of its index; open(place, tile), which finds the tile; advance(place, tile), `grid` on.
+// a Place, of a tile: place(index); open(place, tile), which finds the tile; advance(place, tile), `grid` on.
 template <typename Work>
 struct Stream {
     const Work& work;
-    Slot* slots;
+    uint8_t* slots;
     uint64_t policy;
-    int format, depth;
+    int format, depth, slot_size;
     int begin, end;  // of the warp's share, in bytes of a weight row
     int first, tiles, grid;
     int next, at;  // where to go on
     typename Work::Place place;
     Tile tile;
 
-    DEVICE Stream(const Work& work, const Input& in, int format, int first, int tiles, int grid, uint4* memory,
-                  int most = MAX_DEPTH)
-        : work(work), policy(evict_first()), format(format), first(first), tiles(tiles), grid(grid), next(first), place(first) {
+    DEVICE Stream(const Work& work, const Input& in, int format, int depth, int first, int grid, uint4* memory)
+        : work(work), policy(evict_first()), format(format), depth(depth), first(first), grid(grid), next(first),
+          place(work.place(first)) {
         Share share = share_of(in.k, threadIdx.x >> 5);
-        depth = min(in.slots / WARPS, most), slots = (Slot*)memory + (threadIdx.x >> 5) * depth;
+        slot_size = format == NVFP4 ? sizeof(Slot) : sizeof(Slot::codes);
+        slots = (uint8_t*)memory + (threadIdx.x >> 5) * depth * slot_size;
         begin = at = bytes_of(share.begin, format), end = bytes_of(share.end, format);
+    }
+    DEVICE void start(int count) {
+        tiles = count;
         if (begin >= end) next = tiles;
         if (next < tiles) work.open(place, tile);
 #pragma unroll 1
         for (int slot = 0; slot < depth; slot++) put(slot);
     }
+    DEVICE Slot& at_slot(int slot) const { return *(Slot*)(slots + slot * slot_size); }
     DEVICE void put(int slot) {
         if (next < tiles) {
-            fetch(slots[slot], tile, at, end, format, policy);
+            fetch(at_slot(slot), tile, at, end, format, policy);
             at += PASS;
             if (at >= end) {
                 at = begin, next += grid;
@@ -246,7 +251,7 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& wo
 #pragma unroll 1
             for (int at = stream.begin; at < stream.end; at += PASS) {
                 wait_for_pass(stream.depth);
-                multiply<SETS>(sums, stream.slots[slot], stream.format, at, stream.begin, stream.end, vectors, columns);
+                multiply<SETS>(sums, stream.at_slot(slot), stream.format, at, stream.begin, stream.end, vectors, columns);
                 __syncwarp();
                 stream.put(slot);
                 slot = slot + 1 == stream.depth ? 0 : slot + 1;

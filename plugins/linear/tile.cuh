@@ -134,18 +134,14 @@ DEVICE void fetch(Slot& slot, const Tile& tile, int at, int end, int format, uin
     }
 }
 
-// Waits for the oldest of `depth` passes; six and three are what the real model has with one row and with three.
+// Waits for the oldest of `depth` passes.
 constexpr int MAX_DEPTH = 8;
+template <int LEAST = 1, int MOST = MAX_DEPTH>
 DEVICE void wait_for_pass(int depth) {
-    if (depth == 6) copy_wait<5>();
-    else if (depth == 3) copy_wait<2>();
-    else if (depth == 4) copy_wait<3>();
-    else if (depth == 8) copy_wait<7>();
-    else if (depth == 7) copy_wait<6>();
-    else if (depth == 5) copy_wait<4>();
-    else if (depth == 2) copy_wait<1>();
-    else copy_wait<0>();
-    __syncwarp();
+    constexpr int HALF = (LEAST + MOST) / 2;
+    if (LEAST == MOST) copy_wait<LEAST - 1>(), __syncwarp();
+    else if (depth <= HALF) wait_for_pass<LEAST, HALF>(depth);
+    else wait_for_pass<LEAST == MOST ? MOST : HALF + 1, MOST>(depth);
 }
 
 DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }

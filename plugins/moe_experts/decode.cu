@@ -15,11 +15,10 @@ struct UpArguments {
     float* act;             // [T, TOP_K, I]
     int format;
     int inner;
+    int depth;  // passes that a warp has under way
+    int padding;
 };
 
-#ifndef UP_DEPTH
-#define UP_DEPTH MAX_DEPTH
-#endif
 struct PreparedAct {
     int item, first;
     float scale_2, scale_2_up;
@@ -33,13 +32,14 @@ struct UpWork {
 
     DEVICE int tiles_of_item() const { return (a.inner + 7) >> 3; }
     struct Place {
-        int index;  // of its item
-        int item = 0;
-        DEVICE explicit Place(int index) : index(index) {}
+        int index, item;            // index: of its item
+        int index_step, item_step;  // to the next one of the block
     };
-    DEVICE void open(Place& p, Tile& tile) const {
-        int tiles = tiles_of_item(), items = (int)__fdividef(p.index + 0.5f, tiles);
-        p.index -= items * tiles, p.item += items;
+    DEVICE Place place(int index) const {
+        int tiles = tiles_of_item(), items = index / tiles, grid_items = gridDim.x / tiles;
+        return {index - items * tiles, items, (int)gridDim.x - grid_items * tiles, grid_items};
+    }
+    DEVICE void open(const Place& p, Tile& tile) const {
         if (a.inner % 8 == 0) {
             uint32_t row = chosen.expert[p.item] * 2 * a.inner + p.index * 8;
             tile = make_whole_tile(a.weight, a.scale, row, a.inner, a.input.k, a.format);
@@ -50,7 +50,8 @@ struct UpWork {
                          {a.weight, a.scale, up + row, up + a.inner - 1}, a.input.k, a.format);
     }
     DEVICE void advance(Place& p, Tile& tile) const {
-        p.index += gridDim.x;
+        p.index += p.index_step, p.item += p.item_step;
+        if (p.index >= tiles_of_item()) p.index -= tiles_of_item(), p.item++;
         open(p, tile);
     }
     DEVICE Prepared prepare(int index) const {
@@ -86,19 +87,20 @@ DEVICE void up_rows(const UpArguments& a) {
     __shared__ Chosen chosen;
     const Input& in = a.input;
     const UpWork<SETS> work = {a, chosen};
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + in.slots);
+    uint8_t* vectors = (uint8_t*)shared_memory + in.pool;
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     int warp = threadIdx.x >> 5, own = blockIdx.x + warp * gridDim.x;
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
+    Stream<UpWork<SETS>> stream(work, in, a.format, a.depth, blockIdx.x, gridDim.x, shared_memory);
     stage(vectors, staged, in, weight, a.format);  // while the router works, see common.cuh
     wait_for_previous();
+    launch_next();  // not before: experts_down reads the router's logits at once
     Keys keys;
     if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
     choose_experts(chosen, keys, in.rows, false);
     int tiles = chosen.count * work.tiles_of_item();
-    Stream<UpWork<SETS>> stream(work, in, a.format, blockIdx.x, tiles, gridDim.x, shared_memory, UP_DEPTH);
-    launch_next();  // not before: experts_down reads the router's logits at once, and its weights would come first
+    stream.start(tiles);
     PreparedAct prepared = {};
     if (own < tiles) prepared = work.prepare(own);
     multiply_tiles<SETS>(in, stream, work, prepared, vectors, staged, exchange);
@@ -121,7 +123,7 @@ struct DownArguments {
     int shared_inner;
     int hidden;
     int rows;
-    int depth;                     // passes that a warp has under way
+    int slots;                     // passes under way, of all warps
 };
 
 constexpr int DOWN_WARPS = 12;
@@ -138,8 +140,10 @@ DEVICE void down_rows(const DownArguments& a) {
     launch_next();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, first = blockIdx.x * TILE;
     int pairs = a.rows * TOP_K, stride = 2 * vector_bytes(a.inner), shared_stride = 2 * vector_bytes(a.shared_inner);
-    Slot* slots = (Slot*)shared_memory + warp * a.depth;
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + DOWN_WARPS * a.depth);
+    int depth = a.slots / DOWN_WARPS, more = a.slots % DOWN_WARPS;  // of which the first warps have one more
+    Slot* slots = (Slot*)shared_memory + warp * depth + min(warp, more);
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + a.slots);
+    depth += warp < more;
     auto vector_of = [&](int pair) {
         return pair < pairs ? pair * stride : pairs * stride + (pair - pairs) * shared_stride;
     };
@@ -180,7 +184,7 @@ DEVICE void down_rows(const DownArguments& a) {
         copy_commit();
     };
 #pragma unroll 1
-    for (int slot = 0; slot < a.depth; slot++) fetch_next(slot);
+    for (int slot = 0; slot < depth; slot++) fetch_next(slot);
     auto scale_2_of = [&](int item) {
         if (item >= items || format_of(item) == BF16) return 1.f;
         return item ? a.scale_2[chosen.expert[item - 1]] : *a.shared.scale_2;
@@ -264,11 +268,11 @@ DEVICE void down_rows(const DownArguments& a) {
         sums.clear();
 #pragma unroll 1
         for (int at = 0; at < end; at += PASS) {
-            wait_for_pass(a.depth);
+            wait_for_pass(depth);
             multiply(sums, slots[slot], format, at, 0, end, vectors, columns);
             __syncwarp();
             fetch_next(slot);
-            slot = slot + 1 == a.depth ? 0 : slot + 1;
+            slot = slot + 1 == depth ? 0 : slot + 1;
         }
         float factor = factor_of(scale_2, format);
 #pragma unroll
