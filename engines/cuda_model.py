@@ -113,6 +113,7 @@ def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
     for name, valid in (
         ("num_attention_heads / num_key_value_heads", c.num_attention_heads <= 16 * c.num_key_value_heads),
         ("num_key_value_heads", c.num_key_value_heads <= 32),
+        ("linear_num_value_heads", c.linear_num_value_heads <= linear.MAX_HEADS),
         ("linear_conv_kernel_dim", c.linear_conv_kernel_dim == 4),
     ):
         if not valid:

@@ -27,7 +27,8 @@ SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh), scales
 MAX_DEPTH = 8  # passes that a warp has under way
 EXCHANGE = 4 * TILE * WARPS  # bytes of a row's products with a tile, by shares of k (stage.cuh)
 MAX_EXPERTS = 512
-STATIC = 512  # bytes of shared memory that the kernels declare
+MAX_HEADS = 64  # that a norm in front is over
+STATIC = 512 + 4 * MAX_ROWS * MAX_HEADS  # bytes of shared memory that the kernels declare
 
 
 class Segment(Structure):

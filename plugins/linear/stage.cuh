@@ -28,9 +28,11 @@ struct Input {
     int late;                   // start the next kernel only after the wait (see common.cuh)
 };
 
+constexpr int MAX_HEADS = 64;  // of head_squares
 struct Staged {
     float squares[MAX_ROWS][SHARES];  // sums of squares of the shares
     uint32_t largest[SHARES][MAX_ROWS];
+    float factors[MAX_ROWS * MAX_HEADS];
 };
 
 struct Share {
@@ -44,131 +46,150 @@ DEVICE Share share_of(int k, int share) {
 
 // ---- staging -----------------------------------------------------------------------------------------------------
 
-DEVICE int head_at(const Input& in, int k) { return (int)__fdividef(k + 0.5f, in.head_dim); }
-
-// Sums of squares of value k's head; of four parts at once, or as many as there are.
-DEVICE float4 head_parts(const Input& in, int row, int k) {
-    const float* parts = in.head_squares + (row * head_at(in, in.k) + head_at(in, k)) * in.head_parts;
-    if (in.head_parts == 4) return __ldcg((const float4*)parts);
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 1
-    for (int i = 0; i < in.head_parts; i++) sum.x += __ldcg(parts + i);
-    return sum;
-}
-
-DEVICE float head_factor(const Input& in, const float4& parts) {
-    return rsqrtf(__fdividef((parts.x + parts.y) + (parts.z + parts.w), in.head_dim) + in.epsilon);
-}
-
 struct NormWeight {
-    float value[8];  // of the lane's first piece
+    float value[8];  // 1 + weight, of the lane's first piece
     DEVICE void load(const Input& in, Share share) {
-        int k = share.begin + (threadIdx.x & 31) * 8;
-        if (in.norm_weight && k < share.end) load_eight(value, in.norm_weight + k);
+        if (in.norm_weight) load_norm(value, in, share.begin + (threadIdx.x & 31) * 8);
+    }
+    DEVICE static void load_norm(float (&value)[8], const Input& in, int k) {
+        load_eight(value, in.norm_weight + min(k, in.k - 8));
+#pragma unroll
+        for (int j = 0; j < 8; j++) value[j] += 1.f;
     }
 };
 
-// The warp's share of all rows. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
-// applied to the product.
-DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormWeight& weight, int format) {
-    constexpr int BATCH = 4;  // pieces under way together, of one row or of several
+// One over the root mean square of every head of every row, for the whole block.
+DEVICE void find_head_factors(float* factors, const Input& in) {
+    int heads = in.k / in.head_dim;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < in.rows * heads; i += THREADS) {
+        const float* parts = in.head_squares + i * in.head_parts;
+        float sum = 0.f;
+        if (in.head_parts == 4) {
+            float4 p = __ldcg((const float4*)parts);
+            sum = (p.x + p.y) + (p.z + p.w);
+        } else {
+#pragma unroll 1
+            for (int j = 0; j < in.head_parts; j++) sum += __ldcg(parts + j);
+        }
+        factors[i] = rsqrtf(__fdividef(sum, in.head_dim) + in.epsilon);
+    }
+    __syncthreads();
+}
+
+// N pieces of the warp's share together, 2^shift of each row from `first` on, with hardly a branch: this is between a
+// kernel's start and its products. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
+// applied to the product. Rows past the last are that one once more. For shares of more pieces `scan` is 1, then 2: find
+// the scale, from piece to piece; split by it.
+template <int N>
+DEVICE void stage_pieces(uint8_t* vectors, Staged& staged, const Input& in, Share share, const NormWeight& weight,
+                         int format, int first, int shift, int piece = 0, int scan = 0) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
+    bool ragged = (piece + (1 << shift)) * PIECE > share.end - share.begin;
+    float x[N][8], squares[N];
+    uint32_t largest[N];
+    int row[N], at[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        row[i] = min(first + (i >> shift), in.rows - 1);
+        at[i] = share.begin + (piece + (i & ((1 << shift) - 1))) * PIECE + lane * 8;
+        load_eight(x[i], in.x + (int64_t)row[i] * in.x_stride + min(at[i], in.k - 8));
+    }
+    if (in.head_squares && first == 0 && piece == 0 && scan != 2) find_head_factors(staged.factors, in);
+    if (ragged) {
+#pragma unroll
+        for (int i = 0; i < N * 8; i++)
+            if (at[i / 8] >= share.end) x[i / 8][i % 8] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) squares[i] = 0.f;
+    if (in.norm_weight) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            float other[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) other[j] = weight.value[j];
+            if (at[i] - lane * 8 > share.begin) NormWeight::load_norm(other, in, at[i]);
+#pragma unroll
+            for (int j = 0; j < 8; j++) squares[i] += x[i][j] * x[i][j], x[i][j] *= other[j];
+        }
+#pragma unroll
+        for (int offset = 16; offset; offset >>= 1)
+#pragma unroll
+            for (int i = 0; i < N; i++) squares[i] += __shfl_xor_sync(ALL_LANES, squares[i], offset);
+    }
+    if (in.head_squares) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            int k = min(at[i], in.k - 1);
+            float factor = staged.factors[(int)__fdividef(row[i] * in.k + k + 0.5f, in.head_dim)];
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[i][j] *= factor;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float most = 0.f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(x[i][j]));
+        largest[i] = __reduce_max_sync(ALL_LANES, __float_as_uint(most));
+    }
+    if (N >= 2 && shift) {  // the pieces of a row share its scale
+#pragma unroll
+        for (int i = 0; i + 1 < N; i += 2) {
+            squares[i] += squares[i + 1];
+            largest[i] = largest[i + 1] = max(largest[i], largest[i + 1]);
+        }
+        if (N == 4 && shift == 2) {
+            squares[0] += squares[N / 2];
+#pragma unroll
+            for (int i = 0; i < N; i++) largest[i] = max(largest[0], largest[N / 2]);
+        }
+    }
+    if (scan && (scan == 2 || piece)) {
+        squares[0] = scan == 2 ? staged.squares[row[0]][warp] : staged.squares[row[0]][warp] + squares[0];
+        largest[0] = max(largest[0], staged.largest[warp][row[0]]);
+        __syncwarp();
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (lane == 0 && (i & ((1 << shift) - 1)) == 0)
+            staged.squares[row[i]][warp] = squares[i], staged.largest[warp][row[i]] = largest[i];
+        if (scan == 1 || (ragged && at[i] >= share.end)) continue;
+        split_eight(vectors + 2 * row[i] * stride + chunk_place(at[i] / 8), stride, x[i], scale_of(largest[i], format),
+                    format);
+    }
+}
+
+// The warp's share of all rows.
+DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormWeight& weight, int format) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Share share = share_of(in.k, warp);
     int pieces = (share.end - share.begin + PIECE - 1) / PIECE, shift = pieces > 2 ? 2 : pieces > 1 ? 1 : 0;
-    bool several = pieces > 1 || in.rows > 1, many = pieces * in.rows > 2;
+    if (!pieces && in.head_squares) find_head_factors(staged.factors, in);
     if (!pieces && lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
 #pragma unroll 1
-    for (int first = 0; first < in.rows; first += BATCH >> shift) {
-        float x[BATCH][8];
+    for (int row = 0; pieces && row < in.rows;) {
+        int left = in.rows - row;
+        if (pieces > 4) {
 #pragma unroll 1
-        for (int turn = 0; turn < 2; turn++) {  // find the rows' scales, then write them
-#pragma unroll 1
-            for (int piece = 0; piece < pieces; piece += BATCH) {
-                auto row_of = [&](int i) { return first + (i >> shift); };
-                auto piece_of = [&](int i) { return piece + (i & ((1 << shift) - 1)); };
-                auto at_of = [&](int i) { return share.begin + piece_of(i) * PIECE + lane * 8; };
-                auto valid = [&](int i) { return row_of(i) < in.rows && piece_of(i) < pieces; };
-                auto load = [&](int i) {
-#pragma unroll
-                    for (int j = 0; j < 8; j++) x[i][j] = 0.f;
-                    if (valid(i) && at_of(i) < share.end)
-                        load_eight(x[i], in.x + (int64_t)row_of(i) * in.x_stride + at_of(i));
-                };
-                float squares[BATCH];
-                float4 parts[BATCH];
-                uint32_t largest[BATCH];
-                auto scale = [&](int i) {  // by the norm's weights or the heads' factors
-                    squares[i] = 0.f, largest[i] = 0;
-                    if (in.norm_weight) {
-                        float other[8];
-                        if (piece_of(i) && at_of(i) < share.end) load_eight(other, in.norm_weight + at_of(i));
-#pragma unroll
-                        for (int j = 0; j < 8; j++) {
-                            squares[i] += x[i][j] * x[i][j];
-                            x[i][j] *= 1.f + (piece_of(i) ? other[j] : weight.value[j]);
-                        }
-                    }
-                    if (in.head_squares) {
-                        float factor = head_factor(in, parts[i]);
-#pragma unroll
-                        for (int j = 0; j < 8; j++) x[i][j] *= factor;
-                    }
-#pragma unroll
-                    for (int j = 0; j < 8; j++) largest[i] = max(largest[i], magnitude_bits(x[i][j]));
-                };
-                auto load_parts = [&](int i) {  // without a branch, which would wait for what it loads
-                    parts[i] = head_parts(in, min(row_of(i), in.rows - 1), min(at_of(i), in.k - 1));
-                };
-                auto keep = [&](int i) {
-                    if (!valid(i) || lane) return;
-                    bool fresh = piece_of(i) == 0;
-                    float& sum = staged.squares[row_of(i)][warp];
-                    uint32_t& most = staged.largest[warp][row_of(i)];
-                    sum = fresh ? squares[i] : sum + squares[i], most = fresh ? largest[i] : max(most, largest[i]);
-                };
-                auto write = [&](int i) {
-                    if (!valid(i)) return;
-                    float scale = scale_of(staged.largest[warp][row_of(i)], format);
-                    if (at_of(i) < share.end)
-                        split_eight(vectors + 2 * row_of(i) * stride + chunk_place(at_of(i) / 8), stride, x[i], scale,
-                                    format);
-                };
-                if (turn == 0 || pieces > BATCH) {
-                    load(0);
-                    if (several) load(1);
-                    if (many) load(2), load(3);
-                    if (in.head_squares) {  // while the values are under way
-                        load_parts(0);
-                        if (several) load_parts(1);
-                        if (many) load_parts(2), load_parts(3);
-                    }
-                    scale(0);
-                    if (several) scale(1);
-                    if (many) scale(2), scale(3);
-                }
-                if (turn == 0) {
-                    if (in.norm_weight) squares[0] = warp_sum(squares[0]);
-                    largest[0] = __reduce_max_sync(ALL_LANES, largest[0]);
-                    if (several) {  // side by side
-                        for (int i = 2; i < BATCH && !many; i++) squares[i] = 0.f, largest[i] = 0;
-#pragma unroll
-                        for (int offset = 16; in.norm_weight && offset; offset >>= 1)
-#pragma unroll
-                            for (int i = 1; i < BATCH; i++)
-                                squares[i] += __shfl_xor_sync(ALL_LANES, squares[i], offset);
-#pragma unroll
-                        for (int i = 1; i < BATCH; i++) largest[i] = __reduce_max_sync(ALL_LANES, largest[i]);
-                    }
-                    keep(0);
-                    if (several) keep(1);
-                    if (many) keep(2), keep(3);
-                } else {
-                    write(0);
-                    if (several) write(1);
-                    if (many) write(2), write(3);
-                }
+            for (int i = 0; i < 2 * pieces; i++) {
+                stage_pieces<1>(vectors, staged, in, share, weight, format, row, 0, i % pieces, 1 + i / pieces);
+                __syncwarp();
             }
-            __syncwarp();
+            row++;
+        } else if (left << shift == 1) {
+            stage_pieces<1>(vectors, staged, in, share, weight, format, row, shift);
+            row++;
+        } else if (left << shift == 2) {
+            stage_pieces<2>(vectors, staged, in, share, weight, format, row, shift);
+            row += 2 >> shift;
+        } else if (left << shift == 3) {
+            stage_pieces<3>(vectors, staged, in, share, weight, format, row, shift);
+            row += 3;
+        } else {
+            stage_pieces<4>(vectors, staged, in, share, weight, format, row, shift);
+            row += 4 >> shift;
         }
     }
 }

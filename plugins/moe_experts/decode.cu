@@ -129,6 +129,56 @@ struct DownArguments {
 constexpr int DOWN_WARPS = 12;
 constexpr int AT_ONCE = 2;  // vectors that a warp stages together
 
+// What the rows' experts made, staged. As stage_pieces: N vectors together, 512 values of each from `from` on.
+struct Acts {
+    const DownArguments& a;
+    uint8_t* vectors;
+    float* unscale;
+    int pairs, stride, shared_stride;
+
+    DEVICE int length(int pair) const { return pair < pairs ? a.inner : a.shared_inner; }
+
+    template <int N>
+    DEVICE void stage(int first, uint32_t (&largest)[N], int from = 0, int scan = 0) const {
+        int lane = threadIdx.x & 31, k[N], pair[N];
+        float v[N][2][8];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            pair[i] = min(first + i * DOWN_WARPS, pairs + a.rows - 1), k[i] = length(pair[i]);
+            bool routed = pair[i] < pairs;
+            const float* x = (routed ? a.act : a.shared_act) + (int64_t)(routed ? pair[i] : pair[i] - pairs) * k[i];
+#pragma unroll
+            for (int h = 0; h < 2; h++) load_eight(v[i][h], x + min(from + h * PIECE + lane * 8, k[i] - 8));
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (from + 2 * PIECE > k[i]) {
+#pragma unroll
+                for (int j = 0; j < 16; j++)
+                    if (from + j / 8 * PIECE + lane * 8 >= k[i]) v[i][j / 8][j % 8] = 0.f;
+            }
+            float most = 0.f;
+#pragma unroll
+            for (int j = 0; j < 16; j++) most = fmaxf(most, fabsf(v[i][j / 8][j % 8]));
+            largest[i] = max(largest[i], __reduce_max_sync(ALL_LANES, __float_as_uint(most)));
+        }
+        if (scan == 1) return;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            bool routed = pair[i] < pairs;
+            int format = routed ? a.format : a.shared.format;
+            uint8_t* vector = vectors + (routed ? pair[i] * stride : pairs * stride + (pair[i] - pairs) * shared_stride);
+            float scale = scale_of(largest[i], format);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int at = from + h * PIECE + lane * 8;
+                if (at < k[i]) split_eight(vector + chunk_place(at / 8), vector_bytes(k[i]), v[i][h], scale, format);
+            }
+            if (lane == 0) unscale[pair[i]] = unscale_of(largest[i], format);
+        }
+    }
+};
+
 // One block per 16 rows of the down projections; its warps take an expert each. Item 0 is the shared expert.
 template <int SETS>
 DEVICE void down_rows(const DownArguments& a) {
@@ -200,59 +250,22 @@ DEVICE void down_rows(const DownArguments& a) {
     float gate = 0.f, residual = 0.f;
     wait_for_previous();
     if (finishing) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
-    int longest = max(a.inner, a.shared_inner);
+    const Acts acts = {a, vectors, unscale, pairs, stride, shared_stride};
+    if (max(a.inner, a.shared_inner) > 2 * PIECE) {
 #pragma unroll 1
-    for (int from = warp; from < pairs + a.rows; from += AT_ONCE * DOWN_WARPS) {  // stage what the rows' experts made
-        float v[AT_ONCE][2][8];
-        uint32_t largest[AT_ONCE] = {};
-        bool several = from + DOWN_WARPS < pairs + a.rows;
+        for (int pair = warp; pair < pairs + a.rows; pair += DOWN_WARPS) {
+            uint32_t largest[1] = {};
 #pragma unroll 1
-        for (int turn = 0; turn < 2; turn++) {  // find their scales, then write them
+            for (int scan = 1; scan < 3; scan++)
 #pragma unroll 1
-            for (int at = lane * 8; at < longest; at += 2 * PIECE) {
-                auto pair_at = [&](int i) { return from + i * DOWN_WARPS; };
-                auto length = [&](int i) {
-                    return pair_at(i) < pairs ? a.inner : pair_at(i) < pairs + a.rows ? a.shared_inner : 0;
-                };
-                auto load = [&](int i) {
-                    int pair = pair_at(i), k = length(i);
-                    const float* x = pair < pairs ? a.act + (int64_t)pair * k : a.shared_act + (int64_t)(pair - pairs) * k;
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-#pragma unroll
-                        for (int j = 0; j < 8; j++) v[i][h][j] = 0.f;
-                        if (at + h * PIECE < k) load_eight(v[i][h], x + at + h * PIECE);
-                    }
-                };
-                auto find = [&](int i) {
-#pragma unroll
-                    for (int j = 0; j < 16; j++) largest[i] = max(largest[i], magnitude_bits(v[i][j / 8][j % 8]));
-                };
-                auto write = [&](int i) {
-                    int k = length(i), format = pair_at(i) < pairs ? a.format : a.shared.format;
-                    float scale = scale_of(largest[i], format);
-#pragma unroll
-                    for (int h = 0; h < 2; h++)
-                        if (at + h * PIECE < k)
-                            split_eight(vectors + vector_of(pair_at(i)) + chunk_place((at + h * PIECE) / 8),
-                                        vector_bytes(k), v[i][h], scale, format);
-                    if (at == 0 && k) unscale[pair_at(i)] = unscale_of(largest[i], format);
-                };
-                if (turn == 0 || longest > 2 * PIECE) {
-                    load(0);
-                    if (several) load(1);
-                }
-                if (turn == 0) {
-                    find(0);
-                    if (several) find(1);
-                } else {
-                    write(0);
-                    if (several) write(1);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++)
-                if (turn == 0) largest[i] = __reduce_max_sync(ALL_LANES, largest[i]);
+                for (int from = 0; from < acts.length(pair); from += 2 * PIECE) acts.stage<1>(pair, largest, from, scan);
+        }
+    } else {
+#pragma unroll 1
+        for (int pair = warp; pair < pairs + a.rows; pair += AT_ONCE * DOWN_WARPS) {
+            uint32_t largest[AT_ONCE] = {};
+            if (pair + DOWN_WARPS < pairs + a.rows) acts.stage<AT_ONCE>(pair, largest);
+            else acts.stage<1>(pair, (uint32_t(&)[1])largest);
         }
     }
     __syncthreads();
