@@ -157,8 +157,9 @@ def test_the_norm_per_head_in_front(backend: Backend, heads: int, dim: int) -> N
 class Mixture:
     """The weights of a layer's experts, and their launches: routing and shared expert, experts up, experts down."""
 
-    def __init__(self, backend: Backend, format: str, shared_format: str) -> None:
-        self.backend, self.hidden, self.inner, self.shared_inner, self.experts, self.top_k = backend, 128, 64, 64, 16, 4
+    def __init__(self, backend: Backend, format: str, shared_format: str, inner: int, shared_inner: int) -> None:
+        self.backend, self.hidden, self.experts, self.top_k = backend, 128, 16, 4
+        self.inner, self.shared_inner = inner, shared_inner
         h, e = self.hidden, self.experts
         self.router, self.gate = Matrix(backend, "float", e, h), Matrix(backend, "float", 1, h)
         self.gate_proj, self.up_proj = (Matrix(backend, shared_format, self.shared_inner, h) for _ in range(2))
@@ -229,8 +230,9 @@ class Mixture:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("format", "shared"), [("nvfp4", "nvfp4"), ("nvfp4", "fp8"), ("float", "float")])
-def test_a_mixture_of_experts(backend: Backend, format: str, shared: str) -> None:
-    mixture = Mixture(backend, format, shared)
+@pytest.mark.parametrize(("inner", "shared_inner"), [(64, 64), (320, 1152), (640, 448)])
+def test_a_mixture_of_experts(backend: Backend, format: str, shared: str, inner: int, shared_inner: int) -> None:
+    mixture = Mixture(backend, format, shared, inner, shared_inner)
     x = torch.randn(8, mixture.hidden)
     x[3] = x[1]  # two rows with the same experts
     for rows in (1, 2, 5, 8):

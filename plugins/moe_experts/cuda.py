@@ -9,10 +9,10 @@ from typing import Any
 from plugins.linear.cuda import MAX_EXPERTS, SET_ROWS, SLOT, STATIC, TILE, WARPS, Input, Segment, row_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
-DOWN_WARPS = 12
+DOWN_WARPS = 8
 PASS_BYTES = DOWN_WARPS * SLOT
-ROUTING_BYTES, DOWN_STATIC = 1344, 6720  # of shared memory that the kernels declare, and four for each expert
-MAX_DOWN_DEPTH = 4  # passes that a warp has under way
+ROUTING_BYTES, DOWN_STATIC = 1344, 10368  # of shared memory that the kernels declare, and four for each expert
+MAX_DOWN_DEPTH = 6  # passes that a warp has under way
 UP_DEPTH = 3  # likewise: more come no sooner, and later the first ones
 MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 
@@ -48,7 +48,7 @@ class DownArguments(Structure):
         ("shared_inner", c_int),
         ("hidden", c_int),
         ("rows", c_int),
-        ("slots", c_int),
+        ("depth", c_int),
     ]
 
 
@@ -74,9 +74,9 @@ class ExpertsDecode:
         rows = int(arguments.rows)
         staged = self.staged_bytes(rows, int(arguments.inner), int(arguments.shared_inner))
         own = max(room - DOWN_STATIC - 4 * self.num_experts, 0)
-        slots = min(max((own - staged) // SLOT, DOWN_WARPS), DOWN_WARPS * MAX_DOWN_DEPTH)
-        arguments.slots = min(slots, (self.shared_limit - staged) // SLOT)
-        shared = max(staged + int(arguments.slots) * SLOT, own)
+        depth = min(max((own - staged) // PASS_BYTES, 2), MAX_DOWN_DEPTH)
+        arguments.depth = min(depth, (self.shared_limit - staged) // PASS_BYTES)
+        shared = max(staged + int(arguments.depth) * PASS_BYTES, own)
         kernel = self.module.kernel("experts_down_4" if rows <= SET_ROWS else "experts_down_8")
         kernel.launch((-(-arguments.hidden // TILE), 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=shared)
 

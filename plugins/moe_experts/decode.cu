@@ -123,11 +123,10 @@ struct DownArguments {
     int shared_inner;
     int hidden;
     int rows;
-    int slots;                     // passes under way, of all warps
+    int depth;                     // passes that a warp has under way
 };
 
-constexpr int DOWN_WARPS = 12;
-constexpr int AT_ONCE = 2;  // vectors that a warp stages together
+constexpr int DOWN_WARPS = 8;
 
 // What the rows' experts made, staged. As stage_pieces: N vectors together, 512 values of each from `from` on.
 struct Acts {
@@ -139,12 +138,12 @@ struct Acts {
     DEVICE int length(int pair) const { return pair < pairs ? a.inner : a.shared_inner; }
 
     template <int N>
-    DEVICE void stage(int first, uint32_t (&largest)[N], int from = 0, int scan = 0) const {
+    DEVICE void stage(int first, int last, uint32_t (&largest)[N], int from = 0, int scan = 0) const {
         int lane = threadIdx.x & 31, k[N], pair[N];
         float v[N][2][8];
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            pair[i] = min(first + i * DOWN_WARPS, pairs + a.rows - 1), k[i] = length(pair[i]);
+            pair[i] = min(first + i * DOWN_WARPS, last), k[i] = length(pair[i]);
             bool routed = pair[i] < pairs;
             const float* x = (routed ? a.act : a.shared_act) + (int64_t)(routed ? pair[i] : pair[i] - pairs) * k[i];
 #pragma unroll
@@ -177,117 +176,148 @@ struct Acts {
             if (lane == 0) unscale[pair[i]] = unscale_of(largest[i], format);
         }
     }
+
+    // The warp's share of the pairs first..last: every eighth, of short vectors up to MOST together.
+    template <int MOST>
+    DEVICE void stage_all(int first, int last) const {
+        constexpr int TWO = MOST >= 2 ? 2 : 1;
+#pragma unroll 1
+        for (int pair = first + (threadIdx.x >> 5); pair <= last;) {
+            int together = (last - pair) / DOWN_WARPS + 1, scans = length(pair) > 2 * PIECE ? 2 : 0;
+            uint32_t largest[MOST] = {};
+            if (MOST >= 4 && !scans && together > 2) {
+                stage<MOST>(pair, last, largest);
+                together = MOST;
+            } else if (MOST >= 2 && !scans && together == 2) {
+                stage<TWO>(pair, last, (uint32_t(&)[TWO])largest);
+            } else {
+                together = 1;
+#pragma unroll 1
+                for (int scan = min(scans, 1); scan <= scans; scan++)
+#pragma unroll 1
+                    for (int from = 0; from < length(pair); from += 2 * PIECE)
+                        stage<1>(pair, last, (uint32_t(&)[1])largest, from, scan);
+            }
+            pair += together * DOWN_WARPS;
+        }
+    }
 };
 
-// One block per 16 rows of the down projections; its warps take an expert each. Item 0 is the shared expert.
+// One block per 16 rows of the down projections. The shared expert's k is shared by the warps, as in linear layers, all of
+// it before the wait: experts_up is a late kernel. Then a warp takes every eighth routed expert.
 template <int SETS>
 DEVICE void down_rows(const DownArguments& a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Chosen chosen;
-    __shared__ float parts[MAX_ROWS * (TOP_K + 1)][TILE];  // [pair, tile row]; a pair: a row's place, or shared expert
-    __shared__ float unscale[MAX_ROWS * (TOP_K + 1)];
-    __shared__ uint8_t pair_for[MAX_ITEMS + 1][MAX_ROWS];  // a row's pair in an item; for others another row's
+    __shared__ float parts[MAX_ROWS * TOP_K][TILE];  // of a pair: a row's expert
+    __shared__ float shared_parts[DOWN_WARPS][MAX_ROWS][TILE];
+    __shared__ float unscale[MAX_ROWS * (TOP_K + 1)];      // of the pairs, then of the rows of the shared expert
+    __shared__ uint8_t pair_for[MAX_ITEMS][MAX_ROWS];  // a row's pair with an expert; for others another row's
     launch_next();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, first = blockIdx.x * TILE;
     int pairs = a.rows * TOP_K, stride = 2 * vector_bytes(a.inner), shared_stride = 2 * vector_bytes(a.shared_inner);
-    int depth = a.slots / DOWN_WARPS, more = a.slots % DOWN_WARPS;  // of which the first warps have one more
-    Slot* slots = (Slot*)shared_memory + warp * depth + min(warp, more);
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + a.slots);
-    depth += warp < more;
-    auto vector_of = [&](int pair) {
-        return pair < pairs ? pair * stride : pairs * stride + (pair - pairs) * shared_stride;
-    };
+    Slot* slots = (Slot*)shared_memory + warp * a.depth;
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + DOWN_WARPS * a.depth);
+    const Acts acts = {a, vectors, unscale, pairs, stride, shared_stride};
     auto pair_of = [&](int item, int row) {  // or -1
-        if (row >= a.rows) return -1;
-        int slot = item ? chosen.slot[item - 1][row] : 0;
-        return slot < 0 ? -1 : item ? row * TOP_K + slot : pairs + row;
+        if (row >= a.rows || chosen.slot[item][row] < 0) return -1;
+        return row * TOP_K + chosen.slot[item][row];
     };
 
-    Keys keys;
-    if (warp < a.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);  // before experts_up, see common.cuh
-    choose_experts(chosen, keys, a.rows, true);
-    int items = 1 + chosen.count;
-    auto format_of = [&](int item) { return item ? a.format : a.shared.format; };
-    auto end_of = [&](int item) { return bytes_of(item ? a.inner : a.shared_inner, format_of(item)); };
-    auto find = [&](int item) {
-        uint32_t before = item ? chosen.expert[item - 1] * a.hidden : 0, row = before + first, last = before + a.hidden - 1;
-        const uint8_t *weight = item ? a.weight : a.shared.weight, *scale = item ? a.scale : a.shared.scale;
-        if (a.hidden % TILE == 0)
-            return make_whole_tile(weight, scale, row, 8, item ? a.inner : a.shared_inner, format_of(item));
-        return make_tile({weight, scale, row, last}, {weight, scale, row + 8, last}, item ? a.inner : a.shared_inner,
-                         format_of(item));
-    };
+    // Passes on their way: the warp's of the shared expert, then its experts'.
     const uint64_t policy = evict_first();
-    int next_item = warp, next_at = 0, next_end = 0, next_format = BF16;
-    Tile next;
-    auto open = [&] {
-        if (next_item < items) next = find(next_item), next_end = end_of(next_item), next_format = format_of(next_item);
-        next_at = 0;
+    int next_item = -1, next_at = warp * PASS, next_step = DOWN_WARPS * PASS, items = 0, filled = 0;
+    int shared_end = bytes_of(a.shared_inner, a.shared.format), end = bytes_of(a.inner, a.format);
+    int next_end = shared_end, next_format = a.shared.format;
+    auto find = [&](const uint8_t* weight, const uint8_t* scale, uint32_t before, int k, int format) {
+        uint32_t row = before + first, last = before + a.hidden - 1;
+        if (a.hidden % TILE == 0) return make_whole_tile(weight, scale, row, 8, k, format);
+        return make_tile({weight, scale, row, last}, {weight, scale, row + 8, last}, k, format);
     };
-    open();
+    Tile next = find(a.shared.weight, a.shared.scale, 0, a.shared_inner, a.shared.format);
+    auto open = [&] { next = find(a.weight, a.scale, chosen.expert[next_item] * a.hidden, a.inner, a.format); };
     auto fetch_next = [&](int slot) {
         if (next_item < items) {
             fetch(slots[slot], next, next_at, next_end, next_format, policy);
-            next_at += PASS;
-            if (next_at >= next_end) next_item += DOWN_WARPS, open();
+            next_at += next_step;
+            if (next_at >= next_end && next_item >= 0) {
+                next_item += DOWN_WARPS, next_at = 0;
+                if (next_item < items) open();
+            }
         }
         copy_commit();
     };
 #pragma unroll 1
-    for (int slot = 0; slot < depth; slot++) fetch_next(slot);
-    auto scale_2_of = [&](int item) {
-        if (item >= items || format_of(item) == BF16) return 1.f;
-        return item ? a.scale_2[chosen.expert[item - 1]] : *a.shared.scale_2;
+    for (; filled < a.depth && next_at < shared_end; filled++) fetch_next(filled);
+    Keys keys;
+    if (warp < a.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);  // before experts_up, see common.cuh
+    choose_experts(chosen, keys, a.rows, true);
+    auto start_experts = [&] {  // once all of the shared expert is on its way
+        next_item = warp, next_at = 0, next_step = PASS, next_end = end, next_format = a.format, items = chosen.count;
+        if (next_item < items) open();
     };
-    for (int i = threadIdx.x; i < items * MAX_ROWS; i += 32 * DOWN_WARPS) {
+    if (next_at >= shared_end) {
+        start_experts();
+#pragma unroll 1
+        for (; filled < a.depth; filled++) fetch_next(filled);
+    }
+    for (int i = threadIdx.x; i < chosen.count * MAX_ROWS; i += 32 * DOWN_WARPS) {
         int item = i / MAX_ROWS, pair = pair_of(item, i % MAX_ROWS);
         for (int row = 0; pair < 0; row++) pair = pair_of(item, row);
         pair_for[item][i % MAX_ROWS] = pair;
     }
-    float scale_2 = scale_2_of(warp);
     int tile_row = threadIdx.x % TILE, row = threadIdx.x / TILE, n = first + tile_row;
     bool finishing = row < a.rows && n < a.hidden;
     float gate = 0.f, residual = 0.f;
-    wait_for_previous();
     if (finishing) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
-    const Acts acts = {a, vectors, unscale, pairs, stride, shared_stride};
-    if (max(a.inner, a.shared_inner) > 2 * PIECE) {
-#pragma unroll 1
-        for (int pair = warp; pair < pairs + a.rows; pair += DOWN_WARPS) {
-            uint32_t largest[1] = {};
-#pragma unroll 1
-            for (int scan = 1; scan < 3; scan++)
-#pragma unroll 1
-                for (int from = 0; from < acts.length(pair); from += 2 * PIECE) acts.stage<1>(pair, largest, from, scan);
-        }
-    } else {
-#pragma unroll 1
-        for (int pair = warp; pair < pairs + a.rows; pair += AT_ONCE * DOWN_WARPS) {
-            uint32_t largest[AT_ONCE] = {};
-            if (pair + DOWN_WARPS < pairs + a.rows) acts.stage<AT_ONCE>(pair, largest);
-            else acts.stage<1>(pair, (uint32_t(&)[1])largest);
-        }
-    }
+    float shared_factor = factor_of(a.shared.format == BF16 ? 1.f : *a.shared.scale_2, a.shared.format);
+    auto scale_2_of = [&](int item) {
+        return item >= chosen.count || a.format == BF16 ? 1.f : a.scale_2[chosen.expert[item]];
+    };
+    float scale_2 = scale_2_of(warp);
+    acts.stage_all<1>(pairs, pairs + a.rows - 1);
     __syncthreads();
 
     Sums<SETS> sums;
-    int slot = 0;
+    int slot = 0, columns[SETS];
+    auto multiply_next = [&](int at, int stop, int format) {
+        wait_for_pass(a.depth);
+        multiply(sums, slots[slot], format, at, 0, stop, vectors, columns);
+        __syncwarp();
+        fetch_next(slot);
+        slot = slot + 1 == a.depth ? 0 : slot + 1;
+    };
+    sums.clear();
+#pragma unroll
+    for (int s = 0; s < SETS; s++) {
+        int of = s * SET_ROWS + (g >> 1);
+        columns[s] = pairs * stride + (of < a.rows ? of : 0) * shared_stride + (g & 1) * shared_stride / 2;
+    }
 #pragma unroll 1
-    for (int item = warp; item < items; item += DOWN_WARPS) {
-        int format = format_of(item), end = end_of(item), columns[SETS];
+    for (int at = warp * PASS; at < shared_end; at += DOWN_WARPS * PASS) {
+        multiply_next(at, shared_end, a.shared.format);
+        if (items == 0 && next_at >= shared_end) start_experts();
+    }
+#pragma unroll
+    for (int s = 0; s < SETS; s++) {
+        int of = s * SET_ROWS + t;
+        if (of >= a.rows) continue;
+        shared_parts[warp][of][g] = sums.total(s, 0) * (unscale[pairs + of] * shared_factor);
+        shared_parts[warp][of][g + 8] = sums.total(s, 1) * (unscale[pairs + of] * shared_factor);
+    }
+    wait_for_previous();
+    acts.stage_all<4>(0, pairs - 1);
+    __syncthreads();
+
+#pragma unroll 1
+    for (int item = warp; item < chosen.count; item += DOWN_WARPS) {
 #pragma unroll
         for (int s = 0; s < SETS; s++)
-            columns[s] = vector_of(pair_for[item][s * SET_ROWS + (g >> 1)]) + (g & 1) * (item ? stride : shared_stride) / 2;
+            columns[s] = pair_for[item][s * SET_ROWS + (g >> 1)] * stride + (g & 1) * stride / 2;
         sums.clear();
 #pragma unroll 1
-        for (int at = 0; at < end; at += PASS) {
-            wait_for_pass(depth);
-            multiply(sums, slots[slot], format, at, 0, end, vectors, columns);
-            __syncwarp();
-            fetch_next(slot);
-            slot = slot + 1 == depth ? 0 : slot + 1;
-        }
-        float factor = factor_of(scale_2, format);
+        for (int at = 0; at < end; at += PASS) multiply_next(at, end, a.format);
+        float factor = factor_of(scale_2, a.format);
 #pragma unroll
         for (int s = 0; s < SETS; s++) {
             int pair = pair_of(item, s * SET_ROWS + t);
@@ -299,7 +329,10 @@ DEVICE void down_rows(const DownArguments& a) {
     }
     __syncthreads();
     if (!finishing) return;
-    float y = sigmoid(gate) * parts[pairs + row][tile_row];
+    float v[DOWN_WARPS];
+#pragma unroll
+    for (int w = 0; w < DOWN_WARPS; w++) v[w] = shared_parts[w][row][tile_row];
+    float y = sigmoid(gate) * (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
 #pragma unroll
     for (int j = 0; j < TOP_K; j++) y += chosen.weight[row][j] * parts[row * TOP_K + j][tile_row];
     a.x[(int64_t)row * a.hidden + n] = residual + y;
