@@ -1,6 +1,6 @@
 """What a GPU decodes at, against what its memory allows: `python -m runtime.bench --synthetic --config FILE`.
 
-Every case runs real rounds, launched and read back by the host one by one. The floor is the bytes that a step must move
+Every case runs real rounds, launched one ahead and read back by the host. The floor is the bytes that a step must move
 (every weight it touches once, states, caches) at the copy bandwidth that the same run measured.
 """
 
@@ -21,7 +21,7 @@ from engines.manifest import VERSION, Manifest
 from export.config import FULL, ModelConfig
 from export.errors import UserError
 from plugins.kernels import Kernel
-from runtime.graph import GraphDecoder
+from runtime.graph import IN_FLIGHT, GraphDecoder
 from runtime.sampling import Sampler, SamplingConfig
 
 CONTEXTS, PROMPTS = (128, 4096, 32768), (512, 4096)
@@ -123,9 +123,10 @@ def decode_case(engine: CudaEngine, context: int, mtp_k: int, simulate: float, b
     fill(engine)
     launched = Kernel.launched
     decoder.capture()
-    launches = Kernel.launched - launched
+    launches = (Kernel.launched - launched) // IN_FLIGHT
     spans, emitted = [], 0
     for repeat in range(REPEATS + 1):
+        decoder.settle()
         engine._control(POSITION=context, COMMIT=1, HEAD_ROWS=1, HEAD_POSITION=context - 1, HEAD_LAST=0)
         torch.cuda.synchronize()
         start, count = time.perf_counter(), 0

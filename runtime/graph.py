@@ -1,11 +1,13 @@
 """Rounds on a GPU, each one launch: drafts, verify, acceptance and commit captured into a CUDA graph.
 
 Does what runtime.rounds.Decoder does, token for token, over the same kernels; the host only launches the graph and
-reads the round's tokens back. `GraphDecoder` is used by `runtime.rounds.generate` for engines of the cuda target.
+reads the round's tokens back. A round finds all that it needs on the device, so the next one is launched before this
+one is read: the GPU does not wait for the host. `runtime.rounds.generate` uses it for engines of the cuda target.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,9 +17,12 @@ from export.errors import UserError
 from plugins.sampling.cuda import CONTROL_WORDS, COUNT, ERROR, seed_words
 from runtime.sampling import Sampler
 
+IN_FLIGHT = 2  # rounds launched and not yet read; each has a graph and a place for its results
+
 
 class GraphDecoder:
-    """One sequence. `prefill` once, then `round` as often as wanted. simulate: a benchmark's acceptance."""
+    """One sequence. `prefill` once, then `round` as often as wanted; it leaves the device a round further than it says,
+    see `settle`. simulate: a benchmark's acceptance."""
 
     def __init__(
         self,
@@ -34,9 +39,13 @@ class GraphDecoder:
         self.model = engine.model
         self.model.buffers.seed.copy_(torch.tensor(seed_words(self.sampling.seed), dtype=torch.int32))
         results = self.model.buffers.results
-        self.host = torch.zeros(results.shape, dtype=results.dtype, pin_memory=results.is_cuda)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.position = 0
+        self.host = [
+            torch.zeros(results.shape, dtype=results.dtype, pin_memory=results.is_cuda) for _ in range(IN_FLIGHT)
+        ]
+        self.graphs: list[tuple[torch.cuda.CUDAGraph, torch.cuda.Event]] = []
+        self.position = self.launched = self.read = 0
+        if results.is_cuda:  # a round on its way still writes to `host`
+            weakref.finalize(self, torch.cuda.synchronize)
 
     def prefill(self, prompt: Sequence[int], update: Callable[[float, float], None] | None = None) -> int:
         """Run the prompt through the model in chunks and sample the first token."""
@@ -70,30 +79,44 @@ class GraphDecoder:
         return self.last
 
     def capture(self) -> None:
-        """Record the round."""
-        self.graph, self.done = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        """Record the round, once for every place of its results."""
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph):
-            self.enqueue()
+        for place in range(IN_FLIGHT):
+            self.graphs.append((torch.cuda.CUDAGraph(), torch.cuda.Event()))
+            with torch.cuda.graph(self.graphs[place][0]):
+                self.enqueue(place)
 
-    def run(self) -> None:
-        """One round, up to its results on the host."""
-        if self.graph is None:
+    def launch(self, place: int) -> None:
+        if not self.graphs:
             self.capture()
-        assert self.graph is not None
-        self.graph.replay()
-        self.done.record()
-        self.done.synchronize()
+        graph, done = self.graphs[place]
+        graph.replay()
+        done.record()
 
-    def enqueue(self) -> None:
+    def wait(self, place: int) -> None:
+        """Until the results of the round launched last for `place` are on the host."""
+        self.graphs[place][1].synchronize()
+
+    def enqueue(self, place: int) -> None:
         self.model.round(self.mtp_k, self.sampling, self.drafting, self.simulate)
-        self.host.copy_(self.model.buffers.results, non_blocking=True)
+        self.host[place].copy_(self.model.buffers.results, non_blocking=True)
+
+    def settle(self) -> None:
+        """Wait for the round that is not read yet and drop it. It has committed every row before `position`, so nothing
+        is pending any more; the control block is still its own."""
+        while self.read < self.launched:
+            self.wait(self.read % IN_FLIGHT)
+            self.read += 1
 
     def round(self, count: int) -> tuple[list[int], list[int]]:
         """One round -> (drafts, the tokens they became). Always K drafts; `count` cuts what is given back."""
-        self.run()
-        rows = self.mtp_k + 1
-        control, tokens, drafts = (part.tolist() for part in self.host.split([CONTROL_WORDS, rows, rows]))
+        while self.launched < self.read + IN_FLIGHT:
+            self.launch(self.launched % IN_FLIGHT)
+            self.launched += 1
+        place, rows = self.read % IN_FLIGHT, self.mtp_k + 1
+        self.wait(place)
+        self.read += 1
+        control, tokens, drafts = (part.tolist() for part in self.host[place].split([CONTROL_WORDS, rows, rows]))
         self._check(control[ERROR])
         emitted = tokens[: control[COUNT]]
         self.position += len(emitted)

@@ -54,8 +54,11 @@ LOGITS_RTOL, PREFILL_MEAN = 2e-3, 5e-3
 
 
 class StepwiseDecoder(GraphDecoder):
-    def run(self) -> None:
-        self.enqueue()
+    def launch(self, place: int) -> None:
+        self.enqueue(place)
+
+    def wait(self, place: int) -> None:
+        pass
 
 
 @pytest.fixture

@@ -170,27 +170,23 @@ DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormW
     if (!pieces && lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
 #pragma unroll 1
     for (int row = 0; pieces && row < in.rows;) {
-        int left = in.rows - row;
-        if (pieces > 4) {
-#pragma unroll 1
-            for (int i = 0; i < 2 * pieces; i++) {
-                stage_pieces<1>(vectors, staged, in, share, weight, format, row, 0, i % pieces, 1 + i / pieces);
-                __syncwarp();
-            }
-            row++;
-        } else if (left << shift == 1) {
-            stage_pieces<1>(vectors, staged, in, share, weight, format, row, shift);
-            row++;
-        } else if (left << shift == 2) {
-            stage_pieces<2>(vectors, staged, in, share, weight, format, row, shift);
-            row += 2 >> shift;
-        } else if (left << shift == 3) {
-            stage_pieces<3>(vectors, staged, in, share, weight, format, row, shift);
-            row += 3;
-        } else {
+        int scans = pieces > 4 ? 2 : 0, together = scans ? 1 : min((in.rows - row) << shift, 4);
+        if (together == 4) {
             stage_pieces<4>(vectors, staged, in, share, weight, format, row, shift);
-            row += 4 >> shift;
+        } else if (together == 3) {
+            stage_pieces<3>(vectors, staged, in, share, weight, format, row, shift);
+        } else if (together == 2) {
+            stage_pieces<2>(vectors, staged, in, share, weight, format, row, shift);
+        } else {
+#pragma unroll 1
+            for (int scan = min(scans, 1); scan <= scans; scan++)
+#pragma unroll 1
+                for (int piece = 0; piece < pieces; piece++) {
+                    stage_pieces<1>(vectors, staged, in, share, weight, format, row, 0, piece, scan);
+                    __syncwarp();
+                }
         }
+        row += scans ? 1 : together >> shift;
     }
 }
 

@@ -139,9 +139,14 @@ constexpr int MAX_DEPTH = 8;
 template <int LEAST = 1, int MOST = MAX_DEPTH>
 DEVICE void wait_for_pass(int depth) {
     constexpr int HALF = (LEAST + MOST) / 2;
-    if (LEAST == MOST) copy_wait<LEAST - 1>(), __syncwarp();
-    else if (depth <= HALF) wait_for_pass<LEAST, HALF>(depth);
-    else wait_for_pass<LEAST == MOST ? MOST : HALF + 1, MOST>(depth);
+    if constexpr (LEAST == MOST) {
+        copy_wait<LEAST - 1>();
+        __syncwarp();
+    } else if (depth <= HALF) {
+        wait_for_pass<LEAST, HALF>(depth);
+    } else {
+        wait_for_pass<HALF + 1, MOST>(depth);
+    }
 }
 
 DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }

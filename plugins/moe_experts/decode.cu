@@ -95,10 +95,10 @@ DEVICE void up_rows(const UpArguments& a) {
     Stream<UpWork<SETS>> stream(work, in, a.format, a.depth, blockIdx.x, gridDim.x, shared_memory);
     stage(vectors, staged, in, weight, a.format);  // while the router works, see common.cuh
     wait_for_previous();
-    launch_next();  // not before: experts_down reads the router's logits at once
     Keys keys;
     if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
     choose_experts(chosen, keys, in.rows, false);
+    launch_next();  // not before: experts_down would choose at the same time, and reads what the router wrote
     int tiles = chosen.count * work.tiles_of_item();
     stream.start(tiles);
     PreparedAct prepared = {};
@@ -280,52 +280,43 @@ DEVICE void down_rows(const DownArguments& a) {
 
     Sums<SETS> sums;
     int slot = 0, columns[SETS];
-    auto multiply_next = [&](int at, int stop, int format) {
-        wait_for_pass(a.depth);
-        multiply(sums, slots[slot], format, at, 0, stop, vectors, columns);
-        __syncwarp();
-        fetch_next(slot);
-        slot = slot + 1 == a.depth ? 0 : slot + 1;
-    };
-    sums.clear();
-#pragma unroll
-    for (int s = 0; s < SETS; s++) {
-        int of = s * SET_ROWS + (g >> 1);
-        columns[s] = pairs * stride + (of < a.rows ? of : 0) * shared_stride + (g & 1) * shared_stride / 2;
-    }
+    bool shared = true;
 #pragma unroll 1
-    for (int at = warp * PASS; at < shared_end; at += DOWN_WARPS * PASS) {
-        multiply_next(at, shared_end, a.shared.format);
-        if (items == 0 && next_at >= shared_end) start_experts();
-    }
-#pragma unroll
-    for (int s = 0; s < SETS; s++) {
-        int of = s * SET_ROWS + t;
-        if (of >= a.rows) continue;
-        shared_parts[warp][of][g] = sums.total(s, 0) * (unscale[pairs + of] * shared_factor);
-        shared_parts[warp][of][g + 8] = sums.total(s, 1) * (unscale[pairs + of] * shared_factor);
-    }
-    wait_for_previous();
-    acts.stage_all<4>(0, pairs - 1);
-    __syncthreads();
-
-#pragma unroll 1
-    for (int item = warp; item < chosen.count; item += DOWN_WARPS) {
-#pragma unroll
-        for (int s = 0; s < SETS; s++)
-            columns[s] = pair_for[item][s * SET_ROWS + (g >> 1)] * stride + (g & 1) * stride / 2;
-        sums.clear();
-#pragma unroll 1
-        for (int at = 0; at < end; at += PASS) multiply_next(at, end, a.format);
-        float factor = factor_of(scale_2, a.format);
+    for (int item = warp; shared || item < chosen.count;) {
+        int stop = shared ? shared_end : end, format = shared ? a.shared.format : a.format;
 #pragma unroll
         for (int s = 0; s < SETS; s++) {
-            int pair = pair_of(item, s * SET_ROWS + t);
-            if (pair < 0) continue;
-            parts[pair][g] = sums.total(s, 0) * (unscale[pair] * factor);
-            parts[pair][g + 8] = sums.total(s, 1) * (unscale[pair] * factor);
+            int of = s * SET_ROWS + (g >> 1), low = shared ? shared_stride : stride;
+            int vector = shared ? (of < a.rows ? of : 0) : pair_for[item][of];
+            columns[s] = (shared ? pairs * stride : 0) + vector * low + (g & 1) * low / 2;
         }
-        scale_2 = scale_2_of(item + DOWN_WARPS);
+        sums.clear();
+#pragma unroll 1
+        for (int at = shared ? warp * PASS : 0; at < stop; at += shared ? DOWN_WARPS * PASS : PASS) {
+            wait_for_pass(a.depth);
+            multiply(sums, slots[slot], format, at, 0, stop, vectors, columns);
+            __syncwarp();
+            fetch_next(slot);
+            slot = slot + 1 == a.depth ? 0 : slot + 1;
+            if (items == 0 && next_at >= shared_end) start_experts();
+        }
+        float factor = shared ? shared_factor : factor_of(scale_2, format);
+#pragma unroll
+        for (int s = 0; s < SETS; s++) {
+            int of = s * SET_ROWS + t, pair = shared ? (of < a.rows ? pairs + of : -1) : pair_of(item, of);
+            if (pair < 0) continue;
+            float* out = shared ? shared_parts[warp][of] : parts[pair];
+            out[g] = sums.total(s, 0) * (unscale[pair] * factor), out[g + 8] = sums.total(s, 1) * (unscale[pair] * factor);
+        }
+        if (shared) {
+            shared = false;
+            wait_for_previous();
+            acts.stage_all<4>(0, pairs - 1);
+            __syncthreads();
+        } else {
+            item += DOWN_WARPS;
+            scale_2 = scale_2_of(item);
+        }
     }
     __syncthreads();
     if (!finishing) return;
