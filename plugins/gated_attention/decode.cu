@@ -129,6 +129,7 @@ template <int QUERIES>
 DEVICE void decode(const DecodeArguments& a) {
     using L = Layout<QUERIES>;
     extern __shared__ uint4 shared_memory[];
+    mark_start(4, a.rows);
     launch_next();
     char* shared = (char*)shared_memory;
     float2* turns = (float2*)(shared + L::TURNS);
@@ -149,7 +150,9 @@ DEVICE void decode(const DecodeArguments& a) {
         for (int t = 0; t < a.rows; t++)
             fill_turns(turns + t * HALF, a.inverse_frequencies, first + t, (threadIdx.x + t * 32) % THREADS, THREADS);
     }
+    mark(ASKED);
     wait_for_previous();
+    mark(WAITED);
     if (tile >= tiles) return;
     load_queries<QUERIES>(a, query, kv_head, query_row);
     __syncthreads();  // turns
@@ -172,6 +175,7 @@ DEVICE void decode(const DecodeArguments& a) {
         mix_tile<L::EIGHTS>(sums, shared + TILE_BYTES, (const uint4*)(shared + L::WEIGHTS),
                             (const float4*)(shared + L::FACTORS));
         if (ends) put_partial<QUERIES>(a, tile / span, kv_head, all, sums);
+        mark(ENDED);
         __syncthreads();
         load(VALUES, next);
         append_rows(a, shared, turns, kv_head, next * TILE, first);
@@ -207,7 +211,9 @@ KERNEL __launch_bounds__(THREADS) attention_combine(const __grid_constant__ Deco
     int tiles = tile_count(first + row), groups = (tiles + GROUP_TILES - 1) / GROUP_TILES;
     const float* gates = a.q_gate + (int64_t)row * a.q_stride + (head * 2 + 1) * HEAD_DIM;
     float4 gate = make_float4(0.f, 0.f, 0.f, 0.f);
+    mark_start(5, a.rows);
     wait_for_previous();
+    mark(WAITED);
     launch_next();  // late: the next launch may read, before its wait, what attention_decode appended
     if (inside && part == 0) gate = __ldcg((const float4*)(gates + d));
     Softmax all = empty_softmax();
@@ -239,6 +245,7 @@ KERNEL __launch_bounds__(THREADS) attention_combine(const __grid_constant__ Deco
     }
     part_sums[part][lane] = sums;
     if (lane == 0) part_softmax[part] = all;
+    mark(MULTIPLIED);
     __syncthreads();
     if (part != 0 || !inside) return;
 #pragma unroll
@@ -246,4 +253,5 @@ KERNEL __launch_bounds__(THREADS) attention_combine(const __grid_constant__ Deco
     float* y = a.y + (int64_t)(query * NUM_HEADS + head) * HEAD_DIM + d;
     *(float4*)y = make_float4(sums.x / all.sum * sigmoid(gate.x), sums.y / all.sum * sigmoid(gate.y),
                               sums.z / all.sum * sigmoid(gate.z), sums.w / all.sum * sigmoid(gate.w));
+    mark(ENDED);
 }

@@ -71,6 +71,7 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
     __shared__ float4 stage[HEAD_K_DIM * CHUNKS];
     __shared__ float4 slots[MAX_ROWS][SLOT];
     __shared__ float outs[MAX_ROWS][COLUMNS];
+    mark_start(3, rows);
     launch_next();
     const int warp = threadIdx.x / 32, head = blockIdx.y, first_column = blockIdx.x * COLUMNS;
     float* block_state = recurrent_state + head * HEAD_K_DIM * HEAD_V_DIM + first_column;
@@ -84,19 +85,21 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
     float state[VALUES];
 #pragma unroll 1
     for (int phase = first_phase; phase < 2; ++phase) {
-        if (phase) wait_for_previous();
+        if (phase) mark(ASKED), wait_for_previous(), mark(WAITED);
         const int count = phase ? rows : pending, first = phase ? start : start - pending;
         for (int row = warp; row < count; row += WARPS) prepare_row(slots[row], ring, first + row, weights);
         if (phase && warp < rows) own_z = __ldcg(ring_row(ring, start + warp) + z_place);
         if (phase && pending) store_state(block_state, stage);
         if (phase == first_phase) copy_wait<0>();
         __syncthreads();
+        if (phase) mark(STAGED);
         if (phase == first_phase) read_state(state, stage, at);
 #pragma unroll 1
         for (int row = 0; row < count; ++row) {
             const float out = step(state, load_row(slots[row], at));
             if (phase && at.part == 0) outs[row][at.column] = out;
         }
+        if (phase) mark(MULTIPLIED);
         if (!phase) {
             write_state(stage, state, at);
             __syncthreads();
@@ -111,6 +114,7 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
         if (lane < COLUMNS) y[row * VALUE_WIDTH + place] = out * norm_weight[first_column + column] * silu(z);
         if (lane == 0) squares[(row * NUM_V_HEADS + head) * gridDim.x + blockIdx.x] = sum;
     }
+    mark(ENDED);
 }
 
 // ---- prefill -----------------------------------------------------------------------------------------------------

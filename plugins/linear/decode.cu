@@ -128,6 +128,7 @@ DEVICE void linear_rows(const LinearArguments& a) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
     const Input& in = a.input;
+    mark_start(a.segments.segment[0].n << 4 | a.segments.count, in.rows);
     if (!in.late) launch_next();
     int i = 0;
 #pragma unroll 1
@@ -148,12 +149,16 @@ DEVICE void linear_rows(const LinearArguments& a) {
     weight.load(in, share_of(in.k, threadIdx.x / 32));
     typename LinearWork<SETS>::Prepared prepared = {};
     if (own < part.tiles) prepared = work.prepare(own);
+    mark(ASKED);
     wait_for_previous();
+    mark(WAITED);
     if (in.late) launch_next();
     if (own < part.tiles) work.ask(prepared);
     stage(vectors, staged, in, weight, part.format);
+    mark(STAGED);
     __syncthreads();
     multiply_tiles<SETS>(in, stream, work, prepared, vectors, staged, exchange);
+    mark(ENDED);
     if (!a.normed || blockIdx.x) return;
     for (int row = 0; row < in.rows; row++) {
         float rms = rms_factor(staged, in, row);

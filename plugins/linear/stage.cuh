@@ -268,6 +268,7 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& wo
 #pragma unroll 1
             for (int at = stream.begin; at < stream.end; at += PASS) {
                 wait_for_pass(stream.depth);
+                if (index == stream.first && at == stream.begin) mark(ARRIVED);
                 multiply<SETS>(sums, stream.at_slot(slot), stream.format, at, stream.begin, stream.end, vectors, columns);
                 __syncwarp();
                 stream.put(slot);
@@ -281,6 +282,7 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& wo
                 if (row < in.rows) out[0] = low, out[8] = high;
             }
         }
+        mark(MULTIPLIED);
         __syncthreads();
         if (mine < stream.tiles) {
             float value[2 * SETS];

@@ -89,21 +89,27 @@ DEVICE void up_rows(const UpArguments& a) {
     const UpWork<SETS> work = {a, chosen};
     uint8_t* vectors = (uint8_t*)shared_memory + in.pool;
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
+    mark_start(1, in.rows);
     int warp = threadIdx.x >> 5, own = blockIdx.x + warp * gridDim.x;
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
     Stream<UpWork<SETS>> stream(work, in, a.format, a.depth, blockIdx.x, gridDim.x, shared_memory);
     stage(vectors, staged, in, weight, a.format);  // while the router works, see common.cuh
+    mark(STAGED);
     wait_for_previous();
+    mark(WAITED);
     Keys keys;
     if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
     choose_experts(chosen, keys, in.rows, false);
+    mark(CHOSEN);
     launch_next();  // not before: experts_down would choose at the same time, and reads what the router wrote
     int tiles = chosen.count * work.tiles_of_item();
     stream.start(tiles);
+    mark(ASKED);
     PreparedAct prepared = {};
     if (own < tiles) prepared = work.prepare(own);
     multiply_tiles<SETS>(in, stream, work, prepared, vectors, staged, exchange);
+    mark(ENDED);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_8(const __grid_constant__ UpArguments a) { up_rows<2>(a); }
@@ -213,6 +219,7 @@ DEVICE void down_rows(const DownArguments& a) {
     __shared__ float shared_parts[DOWN_WARPS][MAX_ROWS][TILE];
     __shared__ float unscale[MAX_ROWS * (TOP_K + 1)];      // of the pairs, then of the rows of the shared expert
     __shared__ uint8_t pair_for[MAX_ITEMS][MAX_ROWS];  // a row's pair with an expert; for others another row's
+    mark_start(2, a.rows);
     launch_next();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, first = blockIdx.x * TILE;
     int pairs = a.rows * TOP_K, stride = 2 * vector_bytes(a.inner), shared_stride = 2 * vector_bytes(a.shared_inner);
@@ -252,6 +259,7 @@ DEVICE void down_rows(const DownArguments& a) {
     Keys keys;
     if (warp < a.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);  // before experts_up, see common.cuh
     choose_experts(chosen, keys, a.rows, true);
+    mark(CHOSEN);
     auto start_experts = [&] {  // once all of the shared expert is on its way
         next_item = warp, next_at = 0, next_step = PASS, next_end = end, next_format = a.format, items = chosen.count;
         if (next_item < items) open();
@@ -275,6 +283,7 @@ DEVICE void down_rows(const DownArguments& a) {
         return item >= chosen.count || a.format == BF16 ? 1.f : a.scale_2[chosen.expert[item]];
     };
     float scale_2 = scale_2_of(warp);
+    mark(ASKED);
     acts.stage_all<1>(pairs, pairs + a.rows - 1);
     __syncthreads();
 
@@ -294,6 +303,7 @@ DEVICE void down_rows(const DownArguments& a) {
 #pragma unroll 1
         for (int at = shared ? warp * PASS : 0; at < stop; at += shared ? DOWN_WARPS * PASS : PASS) {
             wait_for_pass(a.depth);
+            if (!shared && item == warp && at == 0) mark(ARRIVED);
             multiply(sums, slots[slot], format, at, 0, stop, vectors, columns);
             __syncwarp();
             fetch_next(slot);
@@ -311,13 +321,16 @@ DEVICE void down_rows(const DownArguments& a) {
         if (shared) {
             shared = false;
             wait_for_previous();
+            mark(WAITED);
             acts.stage_all<4>(0, pairs - 1);
+            mark(STAGED);
             __syncthreads();
         } else {
             item += DOWN_WARPS;
             scale_2 = scale_2_of(item);
         }
     }
+    mark(MULTIPLIED);
     __syncthreads();
     if (!finishing) return;
     float v[DOWN_WARPS];
@@ -327,6 +340,7 @@ DEVICE void down_rows(const DownArguments& a) {
 #pragma unroll
     for (int j = 0; j < TOP_K; j++) y += chosen.weight[row][j] * parts[row * TOP_K + j][tile_row];
     a.x[(int64_t)row * a.hidden + n] = residual + y;
+    mark(ENDED);
 }
 KERNEL __launch_bounds__(32 * DOWN_WARPS, 2) experts_down_4(const __grid_constant__ DownArguments a) { down_rows<1>(a); }
 KERNEL __launch_bounds__(32 * DOWN_WARPS, 2) experts_down_8(const __grid_constant__ DownArguments a) { down_rows<2>(a); }
