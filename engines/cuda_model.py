@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,16 @@ class Gpu:
             raise UserError(f"this GPU has compute capability {major}.{minor}; the cuda target needs 8.0 or later")
         properties: Any = torch.cuda.get_device_properties()
         return cls(f"sm_{major}{minor}", properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+class Sample(NamedTuple):
+    """How the token of every row of logits is found, at which position from the control block's on, and where it goes:
+    addresses of int32 [T]."""
+
+    kernels: sampling_cuda.SamplingKernels
+    config: SamplingConfig
+    offset: int
+    outputs: list[int]
 
 
 def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
@@ -313,8 +323,9 @@ class CudaModel:
 
     # ---- the graphs ----
 
-    def verify(self, rows: int) -> None:
-        """buffers.verify_tokens at the control block's position -> buffers.logits and hidden."""
+    def verify(self, rows: int, sampling: SamplingConfig | None = None) -> None:
+        """buffers.verify_tokens at the control block's position -> buffers.logits and hidden; with `sampling` also
+        buffers.sampled."""
         c, b = self.config, self.buffers
         embedding = self.weights.address("embed_tokens.weight")
         self.launch("embed", self.sampling.embed, b.verify_tokens.data_ptr(), embedding, b.x.data_ptr(), rows)
@@ -328,11 +339,13 @@ class CudaModel:
                 self.delta_net(name, rows)
             self.mlp(name, b.x, rows)
         given = self.input(b.x, rows, "norm")
-        self.launch("lm_head", self.linear.linear, given, [self.store(self.head, b.logits)], normed=b.hidden.data_ptr())
+        sample = Sample(self.sampling, sampling, 1, [b.sampled.data_ptr()]) if sampling else None
+        self.project("lm_head", given, self.store(self.head, b.logits), b.hidden, b.logits, sample)
 
-    def draft(self, rows: int, index: int) -> None:
-        """The head's draft number `index`, from 0: buffers.draft_logits. The first takes the `rows` rows of the last
-        verify, of which HEAD_ROWS are true; later ones the draft before."""
+    def draft(self, rows: int, index: int, sampling: SamplingConfig | None = None) -> None:
+        """The head's draft number `index`, from 0: buffers.draft_logits; with `sampling` also its token, to where the
+        next draft, the verify and the acceptance look for it. The first takes the `rows` rows of the last verify, of
+        which HEAD_ROWS are true; later ones the draft before."""
         b, name = self.buffers, "mtp.layers.0"
         first = index == 0
         rows = rows if first else 1
@@ -356,28 +369,32 @@ class CudaModel:
         self.mlp(name, b.draft_x, 1)
         head = self.store(self.draft_head, b.draft_logits, n=self.draft_vocab)
         given = self.input(b.draft_x, 1, "mtp.norm")
-        self.launch("draft head", self.linear.linear, given, [head], normed=b.head_hidden.data_ptr())
+        outputs = [b.drafts.data_ptr() + 4 * index, b.verify_tokens.data_ptr() + 4 * (index + 1)]
+        outputs.append(b.draft_token.data_ptr())
+        sample = Sample(self.draft_sampling, sampling, 1 + index, outputs) if sampling else None
+        self.project("draft head", given, head, b.head_hidden, b.draft_logits, sample)
 
-    def sample_draft(self, index: int, sampling: SamplingConfig) -> None:
-        b = self.buffers
-        outputs = [
-            b.drafts.data_ptr() + 4 * index,
-            b.verify_tokens.data_ptr() + 4 * (index + 1),
-            b.draft_token.data_ptr(),
-        ]
-        self._sample(self.draft_sampling, b.draft_logits, 1, sampling, 1 + index, outputs)
-
-    def sample(self, rows: int, sampling: SamplingConfig) -> None:
-        """buffers.logits -> buffers.sampled."""
-        self._sample(self.sampling, self.buffers.logits, rows, sampling, 1, [self.buffers.sampled.data_ptr()])
-
-    def _sample(
-        self, kernels: Any, logits: Tensor, rows: int, sampling: SamplingConfig, offset: int, outputs: list[int]
+    def project(
+        self, label: str, given: Input, head: Segment, hidden: Tensor, logits: Tensor, sample: Sample | None = None
     ) -> None:
+        """An lm_head: logits, the normed rows to `hidden`, and the rows' tokens, those of the largest logits by the
+        same launch, others by sampling's own."""
+        best = None
+        if sample and sample.config.temperature == 0:
+            tokens = sampling_cuda.Tokens()
+            tokens.out[: len(sample.outputs)] = sample.outputs
+            scratch, error = self.sampling_scratch.data_ptr(), self.control(sampling_cuda.ERROR)
+            best = linear.BestArguments(scratch, error, tokens, sample.kernels.vocab_size)
+        normed = hidden.data_ptr()
+        self.launch(label, self.linear.linear, given, [head], normed=normed, best=best)
+        if sample and not best:
+            self.sample(sample, logits, int(given.rows))
+
+    def sample(self, sample: Sample, logits: Tensor, rows: int) -> None:
         position, error = self.control(sampling_cuda.POSITION), self.control(sampling_cuda.ERROR)
         self.launch(
-            *("sample", kernels.sample, logits.data_ptr(), rows, sampling, position, offset),
-            *(self.buffers.seed.data_ptr(), outputs, error, self.sampling_scratch.data_ptr()),
+            *("sample", sample.kernels.sample, logits.data_ptr(), rows, sample.config, position, sample.offset),
+            *(self.buffers.seed.data_ptr(), sample.outputs, error, self.sampling_scratch.data_ptr()),
         )
 
     def accept(self, mtp_k: int, simulate: float | None = None) -> None:
@@ -393,15 +410,13 @@ class CudaModel:
         """The token after a prompt, at the control block's position: into the next verify and the head."""
         b = self.buffers
         outputs = [b.verify_tokens.data_ptr(), b.head_tokens.data_ptr()]
-        self._sample(self.sampling, b.logits, 1, sampling, 0, outputs)
+        self.sample(Sample(self.sampling, sampling, 0, outputs), b.logits, 1)
 
     def round(
         self, mtp_k: int, sampling: SamplingConfig, drafting: SamplingConfig, simulate: float | None = None
     ) -> None:
         """K drafts, the verify, acceptance: what runtime.rounds.Decoder.round does, without the host."""
         for i in range(mtp_k):
-            self.draft(mtp_k + 1, i)
-            self.sample_draft(i, drafting)
-        self.verify(mtp_k + 1)
-        self.sample(mtp_k + 1, sampling)
+            self.draft(mtp_k + 1, i, drafting)
+        self.verify(mtp_k + 1, sampling)
         self.accept(mtp_k, simulate)

@@ -15,9 +15,10 @@ from torch.nn.functional import silu
 
 from plugins import nvfp4
 from plugins.linear import cuda as linear
-from plugins.linear.cuda import ADD, FORMATS, STORE, SWIGLU, Input, LinearDecode, Segment, parts_of
+from plugins.linear.cuda import ADD, FORMATS, STORE, SWIGLU, BestArguments, Input, LinearDecode, Segment, parts_of
 from plugins.moe_experts import cuda as experts
 from plugins.moe_experts.cuda import DownArguments, ExpertsDecode, UpArguments
+from plugins.sampling import cuda as sampling
 from tests.backends import BACKENDS, Backend
 
 RTOL = 2e-5
@@ -152,6 +153,40 @@ def test_the_norm_per_head_in_front(backend: Backend, heads: int, dim: int) -> N
     factor = torch.rsqrt(squares.double().sum(-1) / dim + 1e-6)
     normed = x.double().unflatten(-1, (heads, dim)) * factor[..., None]
     assert_close(out, normed.flatten(1) @ matrix.exact.T)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("format", ["nvfp4", "float"])
+@pytest.mark.parametrize("n", [5, 333])
+def test_the_largest_output_of_a_row(backend: Backend, format: str, n: int) -> None:
+    """The first of equals, as torch.argmax of the very outputs; a row that is not finite is token 0 and an error."""
+    k, rows = 64, int(torch.randint(1, 9, ()))
+    matrix, x = Matrix(backend, format, n, k), torch.randn(rows, k)
+    weight = matrix.tensors[0]
+    weight[n // 2] = weight[0]
+    if format == "nvfp4":
+        matrix.tensors[1][n // 2] = matrix.tensors[1][0]
+    kernel = kernels(backend)
+    scratch = backend.tensor(torch.zeros(rows * (sampling.ROW_BYTES + 8 * n), dtype=torch.uint8))
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        given, error = backend.tensor(x), backend.tensor(torch.zeros(1, dtype=torch.int32))
+        out, tokens = backend.empty((rows, n), torch.float32), [backend.empty((rows,), torch.int32) for _ in range(2)]
+        best = BestArguments(scratch=scratch.data_ptr(), error=error.data_ptr(), vocab=n)
+        best.tokens.out[:2] = [t.data_ptr() for t in tokens]
+        arguments = Input(x=given.data_ptr(), x_stride=k, k=k, rows=rows)
+        kernel.linear(arguments, [segment(matrix, out)], backend.stream, best=best)
+        backend.sync()
+        return out.cpu(), [t.cpu() for t in tokens], int(error)
+
+    for _ in range(2):  # the scratch is zeros again
+        out, tokens, error = run(x)
+        assert_close(out, x.double() @ matrix.exact.index_copy(0, torch.tensor([n // 2]), matrix.exact[:1]).T)
+        assert all(torch.equal(t.long(), out.argmax(-1)) for t in tokens) and not error
+    x[0, 3] = float("nan")
+    _, tokens, error = run(x)
+    assert tokens[0][0] == 0 and error
+    assert torch.equal(tokens[0][1:].long(), out.argmax(-1)[1:])
 
 
 class Mixture:

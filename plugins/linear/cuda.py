@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import UserError
+from plugins.sampling.cuda import Tokens
 
 SOURCE = Path(__file__).parent / "decode.cu"
 FORMATS = {"float": 0, "fp8": 1, "nvfp4": 2}  # enum Format; "float" is bfloat16 on a GPU
@@ -123,6 +124,19 @@ class LinearArguments(Structure):
     ]
 
 
+class BestArguments(Structure):
+    """Where the tokens of the rows' largest outputs go, of a launch that is an lm_head; see decode.cu. scratch: as of
+    SamplingKernels.sample, for `vocab` entries. error: int32 [1], set where a row is not finite."""
+
+    _fields_ = [
+        ("scratch", c_void_p),
+        ("error", c_void_p),
+        ("tokens", Tokens),
+        ("vocab", c_int),
+        ("padding", c_int),
+    ]
+
+
 def parts_of(segments: Sequence[Segment], most_blocks: int) -> list[Part]:
     """A launch's blocks, divided such that the one with the most bytes has as few as can be. segments: by format."""
     parts: list[Part] = []
@@ -174,10 +188,12 @@ class LinearDecode:
         residual_row: int | None = None,
         normed: int | None = None,
         room: int = 0,
+        best: BestArguments | None = None,
     ) -> None:
         """Multiplies the rows with every segment. residual: what ADD adds to, read from row *residual_row on.
-        normed: where the normed rows go, float32 [T, K]. room: bytes of shared memory that the kernel's only block on a
-        multiprocessor takes at least; 0: two blocks, for very many tiles."""
+        normed: where the normed rows go, float32 [T, K]. best: of a single segment without a room, also the argmax of
+        its rows. room: bytes of shared memory that the kernel's only block on a multiprocessor takes at least; 0: two
+        blocks, for very many tiles."""
         assert 1 <= given.rows <= MAX_ROWS
         segments = sorted(segments, key=lambda segment: int(segment.format))
         parts = parts_of(segments, self.multiprocessors * (1 if room else 2))
@@ -190,5 +206,8 @@ class LinearDecode:
             part.depth = arguments.input.depth(int(part.format))
             arguments.parts[i] = part
         blocks = self.multiprocessors if room else sum(part.blocks for part in parts)
-        kernel = self.module.kernel("linear_4" if given.rows <= SET_ROWS else "linear_8")
-        kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)
+        assert not best or (len(segments) == 1 and not room)  # every block has tiles of it
+        sets = "4" if given.rows <= SET_ROWS else "8"
+        kernel = self.module.kernel(f"linear_best_{sets}" if best else f"linear_{sets}")
+        all_arguments = [arguments, best] if best else [arguments]
+        kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), all_arguments, stream, shared=shared)

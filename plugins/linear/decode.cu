@@ -4,6 +4,7 @@
 // A block's tiles (16 weight rows) are all of one format: a Part of the launch. The first weights are on their way
 // before the previous kernel has ended.
 #include "linear/stage.cuh"
+#include "sampling/best.cuh"
 
 // The segments of one format, and the blocks that share their tiles.
 struct Part {
@@ -36,11 +37,22 @@ struct PreparedTile {
     float residual[2 * SETS];
 };
 
-template <int SETS>
+// Where the rows' largest logits go, of a launch that is an lm_head.
+struct BestArguments {
+    uint8_t* scratch;  // as sampling's: a Row and a list of `vocab` for each row
+    int* error;
+    Tokens tokens;
+    int vocab;
+    int padding;
+};
+
+// best: null, or of each set's row, which grows with every tile.
+template <int SETS, bool BEST>
 struct LinearWork {
     using Prepared = PreparedTile<SETS>;
     const LinearArguments& a;
     const Part& part;
+    Best* best;
 
     // A tile's segment; `index` becomes its place there.
     DEVICE int segment_of(int& index) const {
@@ -116,15 +128,51 @@ struct LinearWork {
             if (s.epilogue == SWIGLU) {
                 if (n < s.n) *out = silu(low * (rms * factor)) * (high * (rms * factor_up));
             } else {
-                if (n < s.n) *out = low * (rms * factor) + p.residual[2 * set];
-                if (n + 8 < s.n) out[8] = high * (rms * factor) + p.residual[2 * set + 1];
+                float first = low * (rms * factor) + p.residual[2 * set];
+                float second = high * (rms * factor) + p.residual[2 * set + 1];
+                if (n < s.n) *out = first;
+                if (n + 8 < s.n) out[8] = second;
+                if (BEST && n < s.n) best[set].offer(rank_of(first, first), n);
+                if (BEST && n + 8 < s.n) best[set].offer(rank_of(second, second), n + 8);
             }
         }
     }
 };
 
+// Joins the warps' and the blocks' best entries; the last block hands out the tokens.
 template <int SETS>
-DEVICE void linear_rows(const LinearArguments& a) {
+DEVICE void join_best(const BestArguments& b, const Best (&best)[SETS], int rows) {
+    __shared__ Wide partial[WARPS][MAX_ROWS];
+    __shared__ int last;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = threadIdx.x;
+#pragma unroll
+    for (int set = 0; set < SETS; set++) {
+        Wide packed = best[set].packed();
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) packed = max(packed, __shfl_xor_sync(ALL_LANES, packed, offset));
+        if (lane < SET_ROWS) partial[warp][set * SET_ROWS + lane] = packed;
+    }
+    __syncthreads();
+    if (row < rows) {
+        Wide packed = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) packed = max(packed, partial[w][row]);
+        if (packed) atomicMax(&row_at(b.scratch, b.vocab, row).best, packed);
+        __threadfence();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        uint32_t& arrived = row_at(b.scratch, b.vocab, 0).arrived;
+        last = atomicAdd(&arrived, 1u) == gridDim.x - 1;
+        if (last) arrived = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (last && row < rows) write_token(row_at(b.scratch, b.vocab, row), b.tokens, b.error, row);
+}
+
+template <int SETS, bool BEST>
+DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
     const Input& in = a.input;
@@ -139,15 +187,17 @@ DEVICE void linear_rows(const LinearArguments& a) {
         return;
     }
     const Part& part = a.parts[i];
-    const LinearWork<SETS> work = {a, part};
+    Best best[SETS];
+    using Work = LinearWork<SETS, BEST>;
+    const Work work = {a, part, best};
     uint8_t* vectors = (uint8_t*)shared_memory + in.pool;
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     int block = blockIdx.x - part.first_block, own = block + threadIdx.x / 32 * part.blocks;
-    Stream<LinearWork<SETS>> stream(work, in, part.format, part.depth, block, part.blocks, shared_memory);
+    Stream<Work> stream(work, in, part.format, part.depth, block, part.blocks, shared_memory);
     stream.start(part.tiles);
     NormWeight weight;
     weight.load(in, share_of(in.k, threadIdx.x / 32));
-    typename LinearWork<SETS>::Prepared prepared = {};
+    typename Work::Prepared prepared = {};
     if (own < part.tiles) prepared = work.prepare(own);
     mark(ASKED);
     wait_for_previous();
@@ -158,6 +208,7 @@ DEVICE void linear_rows(const LinearArguments& a) {
     mark(STAGED);
     __syncthreads();
     multiply_tiles<SETS>(in, stream, work, prepared, vectors, staged, exchange);
+    if (BEST) join_best(*b, best, in.rows);
     mark(ENDED);
     if (!a.normed || blockIdx.x) return;
     for (int row = 0; row < in.rows; row++) {
@@ -166,5 +217,13 @@ DEVICE void linear_rows(const LinearArguments& a) {
             a.normed[row * in.k + k] = __ldcg(in.x + (int64_t)row * in.x_stride + k) * (1.f + in.norm_weight[k]) * rms;
     }
 }
-KERNEL __launch_bounds__(THREADS, RESIDENT) linear_4(const __grid_constant__ LinearArguments a) { linear_rows<1>(a); }
-KERNEL __launch_bounds__(THREADS, RESIDENT) linear_8(const __grid_constant__ LinearArguments a) { linear_rows<2>(a); }
+#define LINEAR(ROWS, SETS)                                                                                           \
+    KERNEL __launch_bounds__(THREADS, RESIDENT) linear_##ROWS(const __grid_constant__ LinearArguments a) {            \
+        linear_rows<SETS, false>(a, nullptr);                                                                         \
+    }                                                                                                                 \
+    KERNEL __launch_bounds__(THREADS, RESIDENT)                                                                       \
+        linear_best_##ROWS(const __grid_constant__ LinearArguments a, const __grid_constant__ BestArguments b) {      \
+        linear_rows<SETS, true>(a, &b);                                                                               \
+    }
+LINEAR(4, 1)
+LINEAR(8, 2)

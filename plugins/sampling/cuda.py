@@ -26,7 +26,7 @@ CONTROL_WORDS = 16  # int32, zero before the first round
 POSITION, COMMIT, HEAD_ROWS, HEAD_POSITION, COUNT, ERROR, HEAD_LAST = range(7)  # enum Control
 MAX_OUTPUTS, MAX_DRAFTS, MAX_VOCAB = 3, 31, 1 << 20
 _THREADS = 256
-_ROW_BYTES = 64 + 12 * 2048  # struct Row
+ROW_BYTES = 64 + 12 * 2048  # struct Row
 
 
 class Filters(Structure):
@@ -87,7 +87,7 @@ class SamplingKernels:
 
     def scratch_bytes(self, rows: int) -> int:
         """Of `sample`, for up to that many rows. Zero before the first call; launches on one stream share it."""
-        return rows * (_ROW_BYTES + 8 * self.vocab_size)
+        return rows * (ROW_BYTES + 8 * self.vocab_size)
 
     def _tiles(self, rows: int, groups: int) -> tuple[int, int]:
         return -(-self.vocab_size // (_THREADS * 4 * groups)), rows

@@ -4,13 +4,9 @@
 // Sampling is runtime/sampling.py's, entry by entry. Whatever is added up across threads is an integer and whatever is
 // compared across them has one largest value, so the token of a row depends on no order of arrival and on no other row.
 // Filters need the row's maximum first, then a histogram: `argmax`, `histogram`, `sample_filtered`, in three launches.
-#include "common.cuh"
-
-typedef unsigned long long Wide;  // what 64-bit atomics take
+#include "sampling/best.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int MAX_OUTPUTS = 3;
-constexpr float LARGEST = 3.402823466e38f;  // of the finite floats
 
 // Words of the control block in device memory, mirrored by cuda.py.
 enum Control : int {
@@ -29,10 +25,6 @@ struct Filters {
     double top_p;       // 1: off
     int top_k;          // 0: off
     int padding;
-};
-
-struct Tokens {
-    int* out[MAX_OUTPUTS];  // [T] each, or null: where row t's token goes
 };
 
 // ---- rows of the embedding ---------------------------------------------------------------------------------------
@@ -161,62 +153,6 @@ KERNEL noise_values(int vocab, const int* position, int offset, const uint32_t* 
 
 // ---- the best entry of a row -------------------------------------------------------------------------------------
 
-constexpr int BINS = 2048;
-constexpr int MAX_LIST_BITS = 20;  // of an entry's index
-
-// A row's part of the scratch memory: zeros, but for what says otherwise, before every launch and after it.
-struct Row {
-    Wide best;         // (rank, ~index) of the best entry yet
-    Wide sure_mass;    // of bins before `first`. These and what follows go from a kernel to the next.
-    Wide window_mass;  // of all bins
-    float maximum;         // largest logit
-    int first, last;       // bins before `first` pass top_k and top_p, bins after `last` do not
-    uint32_t keep;         // how many from `first` on pass top_k; 0: all
-    uint32_t arrived;      // blocks, in this launch
-    uint32_t listed;       // entries of bins `first` to `last`
-    uint32_t padding[3];
-    Wide mass[BINS];
-    uint32_t count[BINS];
-};
-static_assert(sizeof(Row) == 64 + 12 * BINS, "cuda.py allocates this");
-
-// Behind each Row lie the [V] places of its list.
-DEVICE Row& row_of(uint8_t* scratch, int vocab) {
-    return *(Row*)(scratch + blockIdx.y * (sizeof(Row) + vocab * sizeof(Wide)));
-}
-DEVICE Wide* list_of(Row& row) { return (Wide*)(&row + 1); }
-
-// Floats in the order of unsigned integers; -0 is 0.
-DEVICE uint32_t to_ordered(float value) {
-    uint32_t bits = __float_as_uint(value + 0.f);
-    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-DEVICE float from_ordered(uint32_t ordered) {
-    return __uint_as_float(ordered ^ (ordered >> 31 ? 0x80000000u : 0xffffffffu));
-}
-
-// The order of entries: by score, all below a logit that is no number or +infinity, all above one that is -infinity.
-DEVICE uint32_t rank_of(float logit, float score) {
-    if (!(logit <= LARGEST)) return 0xffffffffu;
-    return logit < -LARGEST ? 0 : to_ordered(score);
-}
-DEVICE bool is_valid(uint32_t rank) { return rank != 0 && rank != 0xffffffffu; }
-
-struct Best {
-    uint32_t rank = 0, index = 0;
-    // Entries come to a thread in rising order, so that of equals the first stays.
-    DEVICE void offer(uint32_t other, uint32_t its_index) {
-        if (other > rank) rank = other, index = its_index;
-    }
-    DEVICE Wide packed() const { return rank ? (Wide)rank << 32 | (uint32_t)~index : 0; }
-};
-
-DEVICE Wide warp_best(Wide packed) {
-    uint32_t high = (uint32_t)(packed >> 32), highest = __reduce_max_sync(ALL_LANES, high);
-    uint32_t low = __reduce_max_sync(ALL_LANES, high == highest ? (uint32_t)packed : 0);
-    return (Wide)highest << 32 | low;
-}
-
 // Of all threads, in warp 0.
 DEVICE Wide block_best(Wide packed) {
     __shared__ Wide partial[WARPS];
@@ -244,17 +180,6 @@ DEVICE bool is_last_block(Row& row) {
 DEVICE void add_best(Row& row, Wide packed) {
     packed = block_best(packed);
     if (threadIdx.x == 0 && packed) atomicMax(&row.best, packed);
-}
-
-// One thread of the last block: hand out the row's best entry. Returns its rank.
-DEVICE uint32_t write_token(Row& row, const Tokens& tokens, int* error) {
-    Wide best = atomicExch(&row.best, 0ull);
-    uint32_t rank = (uint32_t)(best >> 32);
-    if (!is_valid(rank)) *error = 1;
-#pragma unroll
-    for (int i = 0; i < MAX_OUTPUTS; ++i)
-        if (tokens.out[i]) tokens.out[i][blockIdx.y] = is_valid(rank) ? (int)~(uint32_t)best : 0;
-    return rank;
 }
 
 // Four logits from entry 4 * group on; -infinity past the end. Rows whose width is no multiple of 4 are not aligned.
@@ -289,10 +214,10 @@ KERNEL argmax(const float* logits, int vocab, uint8_t* scratch, Tokens tokens, i
     for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) best.offer(rank_of(tile.x[i][j], tile.x[i][j]), tile.group(i) * 4 + j);
-    Row& row = row_of(scratch, vocab);
+    Row& row = row_at(scratch, vocab, blockIdx.y);
     add_best(row, best.packed());
     if (!is_last_block(row) || threadIdx.x) return;
-    uint32_t rank = write_token(row, tokens, error);
+    uint32_t rank = write_token(row, tokens, error, blockIdx.y);
     row.maximum = __uint_as_float(is_valid(rank) ? __float_as_uint(from_ordered(rank)) : 0x7fffffffu);
 }
 
@@ -313,9 +238,9 @@ KERNEL sample(const float* logits, int vocab, float temperature, const int* posi
             best.offer(rank_of(x, x / temperature + to_gumbel(words.word[j])), tile.group(i) * 4 + j);
         }
     }
-    Row& row = row_of(scratch, vocab);
+    Row& row = row_at(scratch, vocab, blockIdx.y);
     add_best(row, best.packed());
-    if (is_last_block(row) && threadIdx.x == 0) write_token(row, tokens, error);
+    if (is_last_block(row) && threadIdx.x == 0) write_token(row, tokens, error, blockIdx.y);
 }
 
 // ---- filters -----------------------------------------------------------------------------------------------------
@@ -430,7 +355,7 @@ KERNEL histogram(const float* logits, int vocab, Filters filters, uint8_t* scrat
     wait_for_previous();
     launch_next();
     Tile<4> tile(logits, vocab);
-    Row& row = row_of(scratch, vocab);
+    Row& row = row_at(scratch, vocab, blockIdx.y);
     float maximum = row.maximum / filters.temperature;
     __syncthreads();
 #pragma unroll
@@ -571,7 +496,7 @@ KERNEL sample_filtered(const float* logits, int vocab, Filters filters, const in
     launch_next();
     Tile<2> tile(logits, vocab);
     Noise noise(position, offset, seed);
-    Row& row = row_of(scratch, vocab);
+    Row& row = row_at(scratch, vocab, blockIdx.y);
     Wide* list = list_of(row);
     bool has_cut = filters.top_k > 0 || filters.top_p < 1;
     int first = has_cut ? row.first : BINS, last = has_cut ? row.last : BINS - 1;
@@ -606,7 +531,7 @@ KERNEL sample_filtered(const float* logits, int vocab, Filters filters, const in
     }
     if (threadIdx.x) return;
     row.listed = 0;
-    write_token(row, tokens, error);
+    write_token(row, tokens, error, blockIdx.y);
 }
 
 // ---- acceptance --------------------------------------------------------------------------------------------------
