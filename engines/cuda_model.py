@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from runtime.sampling import SamplingConfig
 
 LEAST_CAPABILITY = (8, 0)
-STATIC_SHARED = 9 << 10  # bytes of a block's shared memory that kernels declare themselves, at most
 SPARE_SHARED = 4 << 10  # bytes of a multiprocessor's shared memory outside the two rooms
 DRAFT_HEAD = "mtp.draft_head"  # the quantized copy of a bfloat16 lm_head
 
@@ -146,12 +145,11 @@ class CudaModel:
             "NUM_EXPERTS": max(c.num_experts, 1),
             "TOP_K": max(c.num_experts_per_tok, 1),
         }
-        self.shared_limit = self.gpu.shared_bytes - STATIC_SHARED
-        self.linear = linear.LinearDecode(self.module(linear.SOURCE, {}), count, self.shared_limit)
+        self.linear = linear.LinearDecode(self.module(linear.SOURCE, {}), count, self.gpu.shared_bytes)
         if c.is_moe:
             compiled = self.module(experts.SOURCE, self.expert_macros)
             self.experts = experts.ExpertsDecode(
-                compiled, count, self.shared_limit, c.num_experts, c.num_experts_per_tok
+                compiled, count, self.gpu.shared_bytes, c.num_experts, c.num_experts_per_tok
             )
         sizes = gdn_sizes(c)
         self.gdn = gdn.GatedDeltaNet(self.module(gdn.SOURCE, sizes.macros()), sizes)
@@ -180,11 +178,10 @@ class CudaModel:
         widths += [2 * c.hidden_size] * c.mtp_num_hidden_layers + [c.intermediate_size] * (not c.is_moe)
 
         def fits(rows: int) -> bool:
-            needed = [linear.shared_bytes(rows, width) for width in widths]
-            if c.is_moe:
-                staged = self.experts.staged_bytes(rows, c.moe_intermediate_size, c.shared_expert_intermediate_size)
-                needed.append(staged + experts.PASS_BYTES)
-            return max(needed) <= self.shared_limit
+            if max(linear.shared_bytes(rows, width) for width in widths) > self.linear.shared_limit:
+                return False
+            inner = c.moe_intermediate_size, c.shared_expert_intermediate_size
+            return not c.is_moe or self.experts.fits(rows, *inner)
 
         return max((rows for rows in range(1, MAX_ROWS + 1) if fits(rows)), default=0)
 

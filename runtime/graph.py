@@ -7,6 +7,7 @@ one is read: the GPU does not wait for the host. `runtime.rounds.generate` uses 
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -81,10 +82,16 @@ class GraphDecoder:
     def capture(self) -> None:
         """Record the round, once for every place of its results."""
         torch.cuda.synchronize()
-        for place in range(IN_FLIGHT):
-            self.graphs.append((torch.cuda.CUDAGraph(), torch.cuda.Event()))
-            with torch.cuda.graph(self.graphs[place][0]):
-                self.enqueue(place)
+        collecting = gc.isenabled()
+        gc.disable()  # it could end another decoder, which would wait for the device: not allowed during a capture
+        try:
+            for place in range(IN_FLIGHT):
+                self.graphs.append((torch.cuda.CUDAGraph(), torch.cuda.Event()))
+                with torch.cuda.graph(self.graphs[place][0]):
+                    self.enqueue(place)
+        finally:
+            if collecting:
+                gc.enable()
 
     def launch(self, place: int) -> None:
         if not self.graphs:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
+from engines.cuda_model import Gpu
 from plugins import nvfp4
 from plugins.linear import cuda as linear
 from plugins.linear.cuda import ADD, FORMATS, STORE, SWIGLU, BestArguments, Input, LinearDecode, Segment, parts_of
@@ -104,6 +105,45 @@ def test_a_launch_s_blocks_are_divided_by_format(sizes: list[tuple[int, int]]) -
     assert firsts == [sum(int(part.blocks) for part in parts[:i]) for i in range(len(parts))]
     assert sum(int(part.blocks) for part in parts) == min(132, sum(int(part.tiles) for part in parts))
     assert [i for part in parts for i in range(part.first_segment, part.end_segment)] == list(range(len(segments)))
+
+
+class Asked:
+    """A module whose kernels note the shared memory that they are launched with."""
+
+    def __init__(self) -> None:
+        self.shared: list[int] = []
+
+    def kernel(self, name: str) -> Any:
+        return self
+
+    def launch(self, *args: Any, shared: int) -> None:
+        self.shared.append(shared)
+
+
+@given(
+    st.sampled_from([99, 163, 227]),
+    st.integers(1, 8),
+    st.sampled_from([128, 256, 512]),
+    st.integers(1, 64),
+    st.integers(1, 64),
+    st.integers(0, 2),
+)
+def test_no_launch_takes_more_shared_memory_than_there_is(
+    kilobytes: int, rows: int, num_experts: int, inner: int, shared_inner: int, which: int
+) -> None:
+    room = (0, *Gpu("sm_90", 132, kilobytes << 10).rooms)[which]
+    device, inner, shared_inner = kilobytes << 10, 64 * inner, 64 * shared_inner
+    layer, mixture = LinearDecode(Asked(), 132, device), ExpertsDecode(Asked(), 132, device, num_experts, 8)
+    if linear.shared_bytes(rows, inner) <= layer.shared_limit:
+        layer.linear(Input(k=inner, rows=rows), [Segment(n=4096, format=2)], 0, room=room)
+        assert layer.module.shared[0] + linear.STATIC <= device
+        mixture.up(UpArguments(Input(k=inner, rows=rows), format=2, inner=512), 0, room=room)
+        assert mixture.module.shared[0] + mixture.up_static <= device
+    if mixture.fits(rows, inner, shared_inner):
+        mixture.module.shared.clear()
+        arguments = DownArguments(inner=inner, shared_inner=shared_inner, hidden=2048, rows=rows)
+        mixture.down(arguments, 0, room=room)
+        assert mixture.module.shared[0] + mixture.down_static <= device and arguments.depth >= 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,26 @@ def test_a_source_compiles_without_a_gpu(source: Path, arch: str) -> None:
 @pytest.mark.parametrize("source", ATTENTION, ids=lambda path: path.stem)
 def test_an_eight_bit_cache_compiles(source: Path, arch: str) -> None:
     compile_kernels(source, arch, macros(source, ModelConfig.from_hf(CONFIGS["35b"]), fp8_cache=True))
+
+
+def declared_shared(cubin: bytes) -> dict[str, int]:
+    """Bytes of shared memory that kernels declare, by name: the sizes of the ELF sections .nv.shared.NAME."""
+    (start,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(count)]
+    text = cubin[sections[names][4] :]
+    labelled = {text[s[0] :].split(b"\0", 1)[0].decode(): s[5] for s in sections}
+    return {n.removeprefix(".nv.shared."): size for n, size in labelled.items() if n.startswith(".nv.shared.")}
+
+
+@pytest.mark.parametrize("num_experts", [16, 256, 512])
+def test_launchers_know_what_kernels_declare(num_experts: int) -> None:
+    """Before 9.0 the sections hold nothing else."""
+    found = declared_shared(compile_kernels(linear.SOURCE, "sm_80", {}))
+    assert found and max(found.values()) <= linear.STATIC
+    launcher = experts.ExpertsDecode(None, 132, 227 << 10, num_experts, 8)
+    found = declared_shared(compile_kernels(experts.SOURCE, "sm_80", {"NUM_EXPERTS": num_experts, "TOP_K": 8}))
+    assert max(found["experts_up_4"], found["experts_up_8"]) <= launcher.up_static
+    assert max(found["experts_down_4"], found["experts_down_8"]) <= launcher.down_static
 
 
 def test_all_sources_are_listed() -> None:

@@ -1,7 +1,7 @@
 """Linear layers of 1..8 rows on a GPU: the ctypes mirrors of the kernels' structures, and their launcher.
 
 module = Module(cached_kernels(SOURCE, "sm_90", {}))
-kernels = LinearDecode(module, multiprocessors=132, shared_limit=218 << 10)
+kernels = LinearDecode(module, multiprocessors=132, device_shared=227 << 10)
 kernels.linear(Input(x=…, k=2048, rows=3, …), [Segment(weight=…, n=8192, …)], stream)
 """
 
@@ -26,10 +26,11 @@ WARPS = 8  # of a block (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
 SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh), scales included
 MAX_DEPTH = 4  # passes that a warp has under way: more delay what the kernel before still needs
+RESERVED = 1024  # bytes of shared memory that every block takes on top
 EXCHANGE = 4 * TILE * WARPS  # bytes of a row's products with a tile, by shares of k (stage.cuh)
 MAX_EXPERTS = 512
 MAX_HEADS = 64  # that a norm in front is over
-STATIC = 512 + 4 * MAX_ROWS * MAX_HEADS  # bytes of shared memory that the kernels declare
+STATIC = 1040 + 4 * MAX_ROWS * MAX_HEADS  # bytes of shared memory that the kernels declare, at most
 
 
 class Segment(Structure):
@@ -86,11 +87,11 @@ class Input(Structure):
         ("late", c_int),
     ]
 
-    def fit(self, tiles: int, room: int, shared_limit: int) -> int:
-        """Sets `pool`: as much as a room has space for, two passes a warp at least, if the device has that much. ->
+    def fit(self, tiles: int, room: int, shared_limit: int, passes: int = 2) -> int:
+        """Sets `pool`: as much as a room has space for, so many passes a warp at least, if the device has that much. ->
         bytes of dynamic shared memory, of the whole room if there is one. tiles: of a block, at most."""
         staged = int(self.rows) * (row_bytes(self.k) + min(tiles, WARPS) * EXCHANGE)
-        least, most = 2 * WARPS * SLOT, MAX_DEPTH * WARPS * SLOT
+        least, most = passes * WARPS * SLOT, MAX_DEPTH * WARPS * SLOT
         self.pool = min(max(room - staged, least), most, shared_limit - staged) // 16 * 16
         return max(staged + int(self.pool), room)
 
@@ -174,10 +175,11 @@ def check_k(k: int, format: str, name: str) -> None:
 
 
 class LinearDecode:
-    """shared_limit: bytes of dynamic shared memory that a block may have; see `shared_bytes`."""
+    """device_shared: bytes of shared memory that a block may have. shared_limit: of those, what is left for
+    `shared_bytes`."""
 
-    def __init__(self, module: Any, multiprocessors: int, shared_limit: int) -> None:
-        self.module, self.multiprocessors, self.shared_limit = module, multiprocessors, shared_limit
+    def __init__(self, module: Any, multiprocessors: int, device_shared: int) -> None:
+        self.module, self.multiprocessors, self.shared_limit = module, multiprocessors, device_shared - STATIC
 
     def linear(
         self,
@@ -199,9 +201,9 @@ class LinearDecode:
         parts = parts_of(segments, self.multiprocessors * (1 if room else 2))
         arguments = LinearArguments(Segments.of(segments), input=given)
         arguments.residual, arguments.residual_row, arguments.normed = residual, residual_row, normed
-        own = room - STATIC if room else self.shared_limit // 2 - STATIC
+        own = room - STATIC if room else (self.shared_limit - STATIC) // 2 - RESERVED
         tiles = max(-(-part.tiles // part.blocks) for part in parts)
-        shared = arguments.input.fit(tiles, own, self.shared_limit)
+        shared = arguments.input.fit(tiles, own, self.shared_limit, passes=2 if room else 1)
         for i, part in enumerate(parts):
             part.depth = arguments.input.depth(int(part.format))
             arguments.parts[i] = part

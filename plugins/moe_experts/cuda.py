@@ -11,7 +11,7 @@ from plugins.linear.cuda import MAX_EXPERTS, SET_ROWS, SLOT, STATIC, TILE, WARPS
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS = 8
 PASS_BYTES = DOWN_WARPS * SLOT
-ROUTING_BYTES, DOWN_STATIC = 1344, 10368  # of shared memory that the kernels declare, and four for each expert
+UP_STATIC, DOWN_STATIC = STATIC + 1344, 10368  # bytes of shared memory that the kernels declare, and 4 for each expert
 MAX_DOWN_DEPTH = 6  # passes that a warp has under way
 UP_DEPTH = 3  # likewise: more come no sooner, and later the first ones
 MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
@@ -53,19 +53,20 @@ class DownArguments(Structure):
 
 
 class ExpertsDecode:
-    """Macros of the module: NUM_EXPERTS and TOP_K."""
+    """Macros of the module: NUM_EXPERTS and TOP_K. device_shared: bytes of shared memory that a block may have."""
 
-    def __init__(self, module: Any, multiprocessors: int, shared_limit: int, num_experts: int, top_k: int) -> None:
+    def __init__(self, module: Any, multiprocessors: int, device_shared: int, num_experts: int, top_k: int) -> None:
         assert num_experts <= MAX_EXPERTS
-        self.module, self.multiprocessors, self.shared_limit = module, multiprocessors, shared_limit
+        self.module, self.multiprocessors, self.device_shared = module, multiprocessors, device_shared
         self.num_experts, self.top_k = num_experts, top_k
+        self.up_static, self.down_static = (static + 4 * num_experts for static in (UP_STATIC, DOWN_STATIC))
 
     def up(self, arguments: UpArguments, stream: int, room: int = 0) -> None:
         """room: see LinearDecode.linear."""
         given = arguments.input
         most = min(int(given.rows) * self.top_k, self.num_experts) * -(-arguments.inner // 8)
-        own, blocks = max(room - STATIC - ROUTING_BYTES - 4 * self.num_experts, 0), min(most, self.multiprocessors)
-        shared = given.fit(-(-most // blocks), own, self.shared_limit)
+        own, blocks = max(room - self.up_static, 0), min(most, self.multiprocessors)
+        shared = given.fit(-(-most // blocks), own, self.device_shared - self.up_static)
         arguments.depth = min(given.depth(int(arguments.format)), UP_DEPTH)
         kernel = self.module.kernel("experts_up_4" if given.rows <= SET_ROWS else "experts_up_8")
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)
@@ -73,13 +74,17 @@ class ExpertsDecode:
     def down(self, arguments: DownArguments, stream: int, room: int = 0) -> None:
         rows = int(arguments.rows)
         staged = self.staged_bytes(rows, int(arguments.inner), int(arguments.shared_inner))
-        own = max(room - DOWN_STATIC - 4 * self.num_experts, 0)
+        own = max(room - self.down_static, 0)
         depth = min(max((own - staged) // PASS_BYTES, 2), MAX_DOWN_DEPTH)
-        arguments.depth = min(depth, (self.shared_limit - staged) // PASS_BYTES)
+        arguments.depth = min(depth, (self.device_shared - self.down_static - staged) // PASS_BYTES)
         shared = max(staged + int(arguments.depth) * PASS_BYTES, own)
         kernel = self.module.kernel("experts_down_4" if rows <= SET_ROWS else "experts_down_8")
         kernel.launch((-(-arguments.hidden // TILE), 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=shared)
 
     def staged_bytes(self, rows: int, inner: int, shared_inner: int) -> int:
-        """Shared memory of `down` for what its rows' experts made; a pass of its warps, PASS_BYTES, comes on top."""
+        """Shared memory of `down` for what its rows' experts made; passes of its warps come on top."""
         return rows * (self.top_k * row_bytes(inner) + row_bytes(shared_inner))
+
+    def fits(self, rows: int, inner: int, shared_inner: int) -> bool:
+        """Whether a block of `down` has the shared memory that it needs."""
+        return self.down_static + self.staged_bytes(rows, inner, shared_inner) + PASS_BYTES <= self.device_shared
