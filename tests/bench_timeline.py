@@ -1,7 +1,7 @@
 """Where the time of a round goes on a GPU, kernel by kernel, as it runs: python -m tests.bench_timeline [DRAFTS ...]
 
 Random weights of demo/qwen3.6-35b-a3b.json. The first thread of every block notes the GPU's clock where it passes a
-mark (plugins/common.cuh), which makes a round some per cent slower. Times are µs after the end of the launch before,
+mark (plugins/marks.cuh), which makes a round some per cent slower. Times are µs after the end of the launch before,
 the median over launches of one kind of the first, the median and the last block.
 """
 

@@ -353,6 +353,8 @@ void* emulator_static(Slot* slot, unsigned size, unsigned align) {
         static_used += size;
         if (static_used > MAX_STATIC || static_size > sizeof static_memory)
             emulator_fail("more than 48 KB of static shared memory");
+        if (static_used + shared_size > MAX_SHARED)
+            emulator_fail("more than 227 KB of shared memory, static and dynamic together");
     }
     return static_memory + slot->offset;
 }
