@@ -12,9 +12,7 @@ extern "C" __device__ uint32_t mark_count;
 extern "C" __device__ MarkRecord mark_records[1 << 16];
 __device__ uint32_t mark_count;
 __device__ MarkRecord mark_records[1 << 16];
-#endif
 
-#ifdef TIMELINE
 DEVICE MarkRecord*& mark_record() {
     __shared__ MarkRecord* record;
     return record;
