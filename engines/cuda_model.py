@@ -366,8 +366,8 @@ class CudaModel:
         self.mlp(name, b.draft_x, 1)
         head = self.store(self.draft_head, b.draft_logits, n=self.draft_vocab)
         given = self.input(b.draft_x, 1, "mtp.norm")
-        outputs = [b.drafts.data_ptr() + 4 * index, b.verify_tokens.data_ptr() + 4 * (index + 1)]
-        outputs.append(b.draft_token.data_ptr())
+        places = (b.drafts, index), (b.verify_tokens, index + 1), (b.draft_token, 0)
+        outputs = [buffer.data_ptr() + 4 * at for buffer, at in places]
         sample = Sample(self.draft_sampling, sampling, 1 + index, outputs) if sampling else None
         self.project("draft head", given, head, b.head_hidden, b.draft_logits, sample)
 
@@ -378,8 +378,7 @@ class CudaModel:
         same launch, others by sampling's own."""
         best = None
         if sample and sample.config.temperature == 0:
-            tokens = sampling_cuda.Tokens()
-            tokens.out[: len(sample.outputs)] = sample.outputs
+            tokens = sampling_cuda.Tokens.of(sample.outputs)
             scratch, error = self.sampling_scratch.data_ptr(), self.control(sampling_cuda.ERROR)
             best = linear.BestArguments(scratch, error, tokens, sample.kernels.vocab_size)
         normed = hidden.data_ptr()

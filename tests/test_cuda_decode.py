@@ -212,8 +212,8 @@ def test_the_largest_output_of_a_row(backend: Backend, format: str, n: int) -> N
     def run(x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], int]:
         given, error = backend.tensor(x), backend.tensor(torch.zeros(1, dtype=torch.int32))
         out, tokens = backend.empty((rows, n), torch.float32), [backend.empty((rows,), torch.int32) for _ in range(2)]
-        best = BestArguments(scratch=scratch.data_ptr(), error=error.data_ptr(), vocab=n)
-        best.tokens.out[:2] = [t.data_ptr() for t in tokens]
+        outputs = sampling.Tokens.of([t.data_ptr() for t in tokens])
+        best = BestArguments(scratch.data_ptr(), error.data_ptr(), outputs, n)
         arguments = Input(x=given.data_ptr(), x_stride=k, k=k, rows=rows)
         kernel.linear(arguments, [segment(matrix, out)], backend.stream, best=best)
         backend.sync()

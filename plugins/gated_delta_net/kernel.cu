@@ -78,7 +78,7 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
     fetch_state(stage, block_state);
     const LaneWeights weights = load_lane(conv_weight, A_log, dt_bias);
     const int start = *position, pending = *commit;
-    const int z_place = Z_OFFSET + head * HEAD_V_DIM + first_column + threadIdx.x % COLUMNS;
+    const int column = threadIdx.x % COLUMNS, own_place = head * HEAD_V_DIM + first_column + column;  // in z and y
     float own_z = 0.f;  // of row `warp`, needed last
     const Place at = place();
     const int first_phase = pending ? 0 : 1;
@@ -88,7 +88,7 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
         if (phase) mark(ASKED), wait_for_previous(), mark(WAITED);
         const int count = phase ? rows : pending, first = phase ? start : start - pending;
         for (int row = warp; row < count; row += WARPS) prepare_row(slots[row], ring, first + row, weights);
-        if (phase && warp < rows) own_z = __ldcg(ring_row(ring, start + warp) + z_place);
+        if (phase && warp < rows) own_z = __ldcg(ring_row(ring, start + warp) + Z_OFFSET + own_place);
         if (phase && pending) store_state(block_state, stage);
         if (phase == first_phase) copy_wait<0>();
         __syncthreads();
@@ -107,11 +107,11 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
     }
     __syncthreads();
     for (int row = warp; row < rows; row += WARPS) {
-        const int lane = threadIdx.x % 32, column = lane % COLUMNS, place = head * HEAD_V_DIM + first_column + column;
+        const int lane = threadIdx.x % 32;
         const float out = outs[row][column];
-        const float z = row == warp ? own_z : __ldcg(ring_row(ring, start + row) + z_place);
+        const float z = row == warp ? own_z : __ldcg(ring_row(ring, start + row) + Z_OFFSET + own_place);
         const float sum = warp_sum(lane < COLUMNS ? out * out : 0.f);
-        if (lane < COLUMNS) y[row * VALUE_WIDTH + place] = out * norm_weight[first_column + column] * silu(z);
+        if (lane < COLUMNS) y[row * VALUE_WIDTH + own_place] = out * norm_weight[first_column + column] * silu(z);
         if (lane == 0) squares[(row * NUM_V_HEADS + head) * gridDim.x + blockIdx.x] = sum;
     }
     mark(ENDED);

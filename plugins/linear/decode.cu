@@ -46,7 +46,7 @@ struct BestArguments {
     int padding;
 };
 
-// best: null, or of each set's row, which grows with every tile.
+// best: of each set's row so far, of an lm_head (BEST).
 template <int SETS, bool BEST>
 struct LinearWork {
     using Prepared = PreparedTile<SETS>;
@@ -143,7 +143,6 @@ struct LinearWork {
 template <int SETS>
 DEVICE void join_best(const BestArguments& b, const Best (&best)[SETS], int rows) {
     __shared__ Wide partial[WARPS][MAX_ROWS];
-    __shared__ int last;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = threadIdx.x;
 #pragma unroll
     for (int set = 0; set < SETS; set++) {
@@ -158,16 +157,8 @@ DEVICE void join_best(const BestArguments& b, const Best (&best)[SETS], int rows
 #pragma unroll
         for (int w = 0; w < WARPS; w++) packed = max(packed, partial[w][row]);
         if (packed) atomicMax(&row_at(b.scratch, b.vocab, row).best, packed);
-        __threadfence();
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        uint32_t& arrived = row_at(b.scratch, b.vocab, 0).arrived;
-        last = atomicAdd(&arrived, 1u) == gridDim.x - 1;
-        if (last) arrived = 0;
-        __threadfence();
-    }
-    __syncthreads();
+    bool last = is_last_block(row_at(b.scratch, b.vocab, 0));  // counted at one row for all
     if (last && row < rows) write_token(row_at(b.scratch, b.vocab, row), b.tokens, b.error, row);
 }
 

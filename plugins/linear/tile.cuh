@@ -60,8 +60,6 @@ DEVICE void split_eight(uint8_t* place, int stride, const float (&values)[8], fl
     *(uint4*)(place + stride) = make_uint4(low[0], low[1], low[2], low[3]);
 }
 
-DEVICE uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-
 DEVICE void load_eight(float (&x)[8], const float* address) {
     float4 a = __ldcg((const float4*)address), b = __ldcg((const float4*)address + 1);
     x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
@@ -187,63 +185,10 @@ struct Sums {
 // What a lane multiplies its 16 bytes at `offset` of a weight row with, in loads of 16 bytes: those of the chunk that
 // belong to the lane's column of the product.
 template <int FORMAT>
-constexpr int FRAGMENTS = FORMAT == NVFP4 ? 4 : FORMAT == FP8 ? 2 : 1;
-
-template <int FORMAT>
 DEVICE uint4 fragment(const uint8_t* column, int offset, int j) {
     int chunk = FORMAT == NVFP4 ? offset >> 2 : FORMAT == FP8 ? offset >> 3 : offset >> 4, swap = (chunk >> 2) & 2;
     int place = FORMAT != NVFP4 ? chunk_place(chunk) : 16 * (j < 2 ? chunk + swap : chunk + 2 - swap);
     return *(const uint4*)(column + place + (FORMAT == NVFP4 ? j % 2 : j) * 16);
-}
-
-// sums += a step of weights times the rows' fragments x(set, j).
-template <int SETS, int FORMAT, typename Fragments>
-DEVICE void multiply_step(Sums<SETS>& sums, const Slot& slot, int step, const Fragments& x) {
-    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, place = (4 * step + t) ^ (g & 1) * 4;
-    uint4 low = slot.codes[g][place], high = slot.codes[g + 8][place];
-    if (FORMAT == NVFP4) {
-        uint32_t l = e4m3x2_to_half2(((const uint16_t*)slot.scales[g])[step * 4 + t]);
-        uint32_t h = e4m3x2_to_half2(((const uint16_t*)slot.scales[g + 8])[step * 4 + t]);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t of_low[4], of_high[4];
-            if (j < 2) nvfp4_pairs<false>(of_low, word(low, j), l), nvfp4_pairs<false>(of_high, word(high, j), h);
-            else nvfp4_pairs<true>(of_low, word(low, j), l), nvfp4_pairs<true>(of_high, word(high, j), h);
-            uint32_t a[4] = {of_low[0], of_high[0], of_low[1], of_high[1]};
-            uint32_t b[4] = {of_low[2], of_high[2], of_low[3], of_high[3]};
-#pragma unroll
-            for (int set = 0; set < SETS; set++) {
-                uint4 v = x(set, j);
-                mma_half(sums.c[set][j % 2 * 2], a, v.x, v.y);
-                mma_half(sums.c[set][j % 2 * 2 + 1], b, v.z, v.w);
-            }
-        }
-    } else if (FORMAT == FP8) {
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            uint32_t a[2][4];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                uint32_t l = word(low, 2 * j + i), h = word(high, 2 * j + i);
-                a[i][0] = e4m3x2_to_half2((uint16_t)l), a[i][1] = e4m3x2_to_half2((uint16_t)h);
-                a[i][2] = e4m3x2_to_half2((uint16_t)(l >> 16)), a[i][3] = e4m3x2_to_half2((uint16_t)(h >> 16));
-            }
-#pragma unroll
-            for (int set = 0; set < SETS; set++) {
-                uint4 v = x(set, j);
-                mma_half(sums.c[set][2 * j], a[0], v.x, v.y);
-                mma_half(sums.c[set][2 * j + 1], a[1], v.z, v.w);
-            }
-        }
-    } else {
-        uint32_t a[4] = {low.x, high.x, low.y, high.y}, b[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-        for (int set = 0; set < SETS; set++) {
-            uint4 v = x(set, 0);
-            mma_bf16(sums.c[set][2 * step], a, v.x, v.y);
-            mma_bf16(sums.c[set][2 * step + 1], b, v.z, v.w);
-        }
-    }
 }
 
 // sums += a pass of weights times the rows. columns: where in `memory` the lane's column of the product is in each set.
@@ -251,12 +196,55 @@ DEVICE void multiply_step(Sums<SETS>& sums, const Slot& slot, int step, const Fr
 template <int SETS, int FORMAT>
 DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin, int end, const uint8_t* memory,
                           const int (&columns)[SETS]) {
+    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int step = 0; step < PASS / STEP; step++) {
-        int offset = at + step * STEP + (threadIdx.x & 3) * 16;
+        int place = (4 * step + t) ^ (g & 1) * 4, offset = at + step * STEP + t * 16;
         if (offset >= end) offset = begin;  // zeros times anything finite
-        multiply_step<SETS, FORMAT>(
-            sums, slot, step, [&](int set, int j) { return fragment<FORMAT>(memory + columns[set], offset, j); });
+        uint4 low = slot.codes[g][place], high = slot.codes[g + 8][place];
+        if (FORMAT == NVFP4) {
+            uint32_t l = e4m3x2_to_half2(((const uint16_t*)slot.scales[g])[step * 4 + t]);
+            uint32_t h = e4m3x2_to_half2(((const uint16_t*)slot.scales[g + 8])[step * 4 + t]);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                uint32_t of_low[4], of_high[4];
+                if (j < 2) nvfp4_pairs<false>(of_low, word(low, j), l), nvfp4_pairs<false>(of_high, word(high, j), h);
+                else nvfp4_pairs<true>(of_low, word(low, j), l), nvfp4_pairs<true>(of_high, word(high, j), h);
+                uint32_t a[4] = {of_low[0], of_high[0], of_low[1], of_high[1]};
+                uint32_t b[4] = {of_low[2], of_high[2], of_low[3], of_high[3]};
+#pragma unroll
+                for (int set = 0; set < SETS; set++) {
+                    uint4 x = fragment<FORMAT>(memory + columns[set], offset, j);
+                    mma_half(sums.c[set][j % 2 * 2], a, x.x, x.y);
+                    mma_half(sums.c[set][j % 2 * 2 + 1], b, x.z, x.w);
+                }
+            }
+        } else if (FORMAT == FP8) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                uint32_t a[2][4];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    uint32_t l = word(low, 2 * j + i), h = word(high, 2 * j + i);
+                    a[i][0] = e4m3x2_to_half2((uint16_t)l), a[i][1] = e4m3x2_to_half2((uint16_t)h);
+                    a[i][2] = e4m3x2_to_half2((uint16_t)(l >> 16)), a[i][3] = e4m3x2_to_half2((uint16_t)(h >> 16));
+                }
+#pragma unroll
+                for (int set = 0; set < SETS; set++) {
+                    uint4 x = fragment<FORMAT>(memory + columns[set], offset, j);
+                    mma_half(sums.c[set][2 * j], a[0], x.x, x.y);
+                    mma_half(sums.c[set][2 * j + 1], a[1], x.z, x.w);
+                }
+            }
+        } else {
+            uint32_t a[4] = {low.x, high.x, low.y, high.y}, b[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+            for (int set = 0; set < SETS; set++) {
+                uint4 x = fragment<FORMAT>(memory + columns[set], offset, 0);
+                mma_bf16(sums.c[set][2 * step], a, x.x, x.y);
+                mma_bf16(sums.c[set][2 * step + 1], b, x.z, x.w);
+            }
+        }
     }
 }
 

@@ -7,7 +7,6 @@ typedef unsigned long long Wide;  // what 64-bit atomics take
 constexpr int MAX_OUTPUTS = 3;
 constexpr float LARGEST = 3.402823466e38f;  // of the finite floats
 constexpr int BINS = 2048;
-constexpr int MAX_LIST_BITS = 20;  // of an entry's index
 
 // A row's part of the scratch memory: zeros, but for what says otherwise, before every launch and after it.
 struct Row {
@@ -29,15 +28,11 @@ static_assert(sizeof(Row) == 64 + 12 * BINS, "cuda.py allocates this");
 DEVICE Row& row_at(uint8_t* scratch, int vocab, int row) {
     return *(Row*)(scratch + row * (sizeof(Row) + vocab * sizeof(Wide)));
 }
-DEVICE Wide* list_of(Row& row) { return (Wide*)(&row + 1); }
 
 // Floats in the order of unsigned integers; -0 is 0.
 DEVICE uint32_t to_ordered(float value) {
     uint32_t bits = __float_as_uint(value + 0.f);
     return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-DEVICE float from_ordered(uint32_t ordered) {
-    return __uint_as_float(ordered ^ (ordered >> 31 ? 0x80000000u : 0xffffffffu));
 }
 
 // The order of entries: by score, all below a logit that is no number or +infinity, all above one that is -infinity.
@@ -56,15 +51,23 @@ struct Best {
     DEVICE Wide packed() const { return rank ? (Wide)rank << 32 | (uint32_t)~index : 0; }
 };
 
-DEVICE Wide warp_best(Wide packed) {
-    uint32_t high = (uint32_t)(packed >> 32), highest = __reduce_max_sync(ALL_LANES, high);
-    uint32_t low = __reduce_max_sync(ALL_LANES, high == highest ? (uint32_t)packed : 0);
-    return (Wide)highest << 32 | low;
-}
-
 struct Tokens {
     int* out[MAX_OUTPUTS];  // [T] each, or null: where row t's token goes
 };
+
+// Whether this block is the last of its row: then it sees what all of them wrote.
+DEVICE bool is_last_block(Row& row) {
+    __shared__ int last;
+    __syncthreads();
+    if (threadIdx.x == 0) {  // whose fences, beside a barrier, hold for the block
+        __threadfence();
+        last = atomicAdd(&row.arrived, 1u) == gridDim.x - 1;
+        if (last) row.arrived = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
+}
 
 // One thread of the last block: hand out the best entry of row t. Returns its rank.
 DEVICE uint32_t write_token(Row& row, const Tokens& tokens, int* error, int t) {

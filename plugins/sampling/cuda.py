@@ -42,6 +42,12 @@ class Filters(Structure):
 class Tokens(Structure):
     _fields_ = [("out", c_void_p * MAX_OUTPUTS)]
 
+    @classmethod
+    def of(cls, outputs: Sequence[int]) -> Tokens:
+        """outputs: addresses of int32 [T], at most MAX_OUTPUTS."""
+        assert len(outputs) <= MAX_OUTPUTS
+        return cls((c_void_p * MAX_OUTPUTS)(*outputs))
+
 
 def defines(hidden_size: int) -> dict[str, int | str]:
     return {"HIDDEN": hidden_size}
@@ -108,9 +114,7 @@ class SamplingKernels:
         """logits float32 [T, V]; row t is sampled as runtime.sampling.Sampler does at position [1] + offset + t.
         seed: the address of two words; config.seed is not used. outputs: up to three int32 [T], each gets the tokens.
         A row that is not finite gives token 0 and sets error [1]."""
-        assert len(outputs) <= MAX_OUTPUTS
-        kept, tokens, no_tokens = c_void_p(scratch), Tokens(), Tokens()
-        tokens.out[: len(outputs)] = list(outputs)
+        kept, tokens, no_tokens = c_void_p(scratch), Tokens.of(outputs), Tokens.of([])
         where = [c_void_p(position), c_int(offset), c_void_p(seed)]
         given, vocab, grid = c_void_p(logits), c_int(self.vocab_size), self._tiles(rows, 2)
         is_cut = config.top_k > 0 or config.top_p < 1

@@ -153,6 +153,20 @@ KERNEL noise_values(int vocab, const int* position, int offset, const uint32_t* 
 
 // ---- the best entry of a row -------------------------------------------------------------------------------------
 
+constexpr int MAX_LIST_BITS = 20;  // of an entry's index
+
+DEVICE Wide* list_of(Row& row) { return (Wide*)(&row + 1); }
+
+DEVICE float from_ordered(uint32_t ordered) {
+    return __uint_as_float(ordered ^ (ordered >> 31 ? 0x80000000u : 0xffffffffu));
+}
+
+DEVICE Wide warp_best(Wide packed) {
+    uint32_t high = (uint32_t)(packed >> 32), highest = __reduce_max_sync(ALL_LANES, high);
+    uint32_t low = __reduce_max_sync(ALL_LANES, high == highest ? (uint32_t)packed : 0);
+    return (Wide)highest << 32 | low;
+}
+
 // Of all threads, in warp 0.
 DEVICE Wide block_best(Wide packed) {
     __shared__ Wide partial[WARPS];
@@ -161,20 +175,6 @@ DEVICE Wide block_best(Wide packed) {
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = packed;
     __syncthreads();
     return warp_best(partial[threadIdx.x % WARPS]);
-}
-
-// Whether this block is the last of its row: then it sees what all of them wrote.
-DEVICE bool is_last_block(Row& row) {
-    __shared__ int last;
-    __syncthreads();
-    if (threadIdx.x == 0) {  // whose fences, beside a barrier, hold for the block
-        __threadfence();
-        last = atomicAdd(&row.arrived, 1u) == gridDim.x - 1;
-        if (last) row.arrived = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    return last;
 }
 
 DEVICE void add_best(Row& row, Wide packed) {
