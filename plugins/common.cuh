@@ -177,6 +177,9 @@ DEVICE uint4 load_weights(const void* address) {
     return v;
 }
 
+// The same value in all lanes, kept in a register: a kernel's argument would be read again, and waited for, at every use.
+DEVICE int in_register(int value) { return __shfl_sync(ALL_LANES, value, 0); }
+
 DEVICE uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
 
 DEVICE void copy_async16(void* shared, const void* global, bool valid) {
@@ -186,10 +189,6 @@ DEVICE void copy_async16(void* shared, const void* global, bool valid) {
 DEVICE void copy_async4(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(valid ? 4 : 0));
-}
-// `bytes` of eight, the others as zeros.
-DEVICE void copy_async8(void* shared, const void* global, int bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
 }
 
 // Weights are read once a round: they are the first to leave the second-level cache, which keeps the rows, and the

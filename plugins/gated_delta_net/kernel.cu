@@ -89,7 +89,6 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
         const int count = phase ? rows : pending, first = phase ? start : start - pending;
         for (int row = warp; row < count; row += WARPS) prepare_row(slots[row], ring, first + row, weights);
         if (phase && warp < rows) own_z = __ldcg(ring_row(ring, start + warp) + Z_OFFSET + own_place);
-        if (phase && pending) store_state(block_state, stage);
         if (phase == first_phase) copy_wait<0>();
         __syncthreads();
         if (phase) mark(STAGED);
@@ -103,6 +102,7 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
         if (!phase) {
             write_state(stage, state, at);
             __syncthreads();
+            store_state(block_state, stage);
         }
     }
     __syncthreads();

@@ -86,10 +86,10 @@ struct LinearWork {
         Run high = {pair ? s.weight_up : s.weight, pair ? s.scale_up : s.scale, pair ? first : first + 8, last};
         tile = make_tile(low, high, a.input.k, part.format);
     }
-    DEVICE void advance(Place& p, Tile& tile) const {
+    DEVICE void advance(Place& p, Tile& tile, bool any) const {
         p.index += part.blocks;
-        if (p.index >= p.whole) return open(p, tile);
         tile.low += p.stride, tile.high += p.stride, tile.scale += p.scale_stride;
+        if (any && p.index >= p.whole) open(p, tile);
     }
     DEVICE Prepared prepare(int index) const {
         Prepared p = {};
@@ -185,7 +185,7 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     int block = blockIdx.x - part.first_block, own = block + threadIdx.x / 32 * part.blocks;
     Stream<Work> stream(work, in, part.format, part.depth, block, part.blocks, shared_memory);
-    stream.start(part.tiles);
+    stream.start(part.tiles, part.format);
     NormWeight weight;
     weight.load(in, share_of(in.k, threadIdx.x / 32));
     typename Work::Prepared prepared = {};
@@ -198,7 +198,7 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     stage(vectors, staged, in, weight, part.format);
     mark(STAGED);
     __syncthreads();
-    multiply_tiles<SETS>(in, stream, work, prepared, vectors, staged, exchange);
+    multiply_tiles<SETS>(in, stream, work, prepared, part.format, vectors, staged, exchange);
     if (BEST) join_best(*b, best, in.rows);
     mark(ENDED);
     if (!a.normed || blockIdx.x) return;

@@ -200,47 +200,79 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 // ---- tiles -------------------------------------------------------------------------------------------------------
 
 // A warp's weights on their way: its share of the block's tiles, every `grid`-th from `first` on, in passes. A Work has
-// a Place, of a tile: place(index); open(place, tile), which finds the tile; advance(place, tile), `grid` on.
+// a Place, of a tile: place(index); open(place, tile), which finds the tile; advance(place, tile, any), `grid` on, where
+// past the last one (any is false) it may find anything.
 template <typename Work>
 struct Stream {
     const Work& work;
     uint8_t* slots;
     uint64_t policy;
-    int format, depth, slot_size;
+    int depth, slot_size;
     int begin, end;  // of the warp's share, in bytes of a weight row
     int first, tiles, grid;
-    int next, at;  // where to go on
+    int next, at;  // of the last pass asked for
     typename Work::Place place;
     Tile tile;
 
     DEVICE Stream(const Work& work, const Input& in, int format, int depth, int first, int grid, uint4* memory)
-        : work(work), policy(evict_first()), format(format), depth(depth), first(first), grid(grid), next(first),
+        : work(work), policy(evict_first()), depth(in_register(depth)), first(first), grid(grid), next(first),
           place(work.place(first)) {
         Share share = share_of(in.k, threadIdx.x >> 5);
         slot_size = format == NVFP4 ? sizeof(Slot) : sizeof(Slot::codes);
         slots = (uint8_t*)memory + (threadIdx.x >> 5) * depth * slot_size;
         begin = at = bytes_of(share.begin, format), end = bytes_of(share.end, format);
     }
-    DEVICE void start(int count) {
+    DEVICE void start(int count, int format) {
         tiles = count;
         if (begin >= end) next = tiles;
         if (next < tiles) work.open(place, tile);
 #pragma unroll 1
-        for (int slot = 0; slot < depth; slot++) put(slot);
+        for (int slot = 0; slot < depth; slot++) {
+            if (slot) advance();
+            put(slot, format);
+        }
     }
     DEVICE Slot& at_slot(int slot) const { return *(Slot*)(slots + slot * slot_size); }
-    DEVICE void put(int slot) {
-        if (next < tiles) {
-            fetch(at_slot(slot), tile, at, end, format, policy);
-            at += PASS;
-            if (at >= end) {
-                at = begin, next += grid;
-                if (next < tiles) work.advance(place, tile);
-            }
-        }
+    DEVICE void advance() {
+        at += PASS;
+        if (at < end) return;
+        at = begin, next += grid;
+        work.advance(place, tile, next < tiles);
+    }
+    DEVICE void put(int slot, int format) {
+        if (next < tiles) fetch(at_slot(slot), tile, at, end, format, policy);
         copy_commit();
     }
 };
+
+// Multiplies up to eight of the block's tiles, from `index` on, into `exchange`.
+template <int SETS, int FORMAT, typename Work>
+DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work>& stream, const uint8_t* vectors,
+                           const int (&columns)[SETS], const float (&unscale)[SETS], float* exchange) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+#pragma unroll 1
+    for (int member = 0; member < WARPS && index < stream.tiles; member++, index += stream.grid) {
+        Sums<SETS> sums;
+        sums.clear();
+#pragma unroll 1
+        for (int at = stream.begin; at < stream.end; at += PASS) {
+            wait_for_pass(stream.depth);
+            if (index == stream.first && at == stream.begin) mark(ARRIVED);
+            stream.advance();
+            multiply_pass<SETS, FORMAT>(sums, stream.at_slot(slot), at, stream.begin, stream.end, vectors, columns);
+            __syncwarp();
+            stream.put(slot, FORMAT);
+            slot = slot + 1 == stream.depth ? 0 : slot + 1;
+        }
+#pragma unroll
+        for (int s = 0; s < SETS; s++) {
+            int row = s * SET_ROWS + t;
+            float* out = exchange + ((member * SHARES + warp) * rows + row) * TILE + g;
+            float low = sums.total(s, 0) * unscale[s], high = sums.total(s, 1) * unscale[s];
+            if (row < rows) out[0] = low, out[8] = high;
+        }
+    }
+}
 
 // Multiplies the block's tiles. A Work also has
 //   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
@@ -249,39 +281,21 @@ struct Stream {
 // for eight tiles or as many as there are. Needs all shares staged, and a barrier between.
 template <int SETS, typename Work>
 DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& work, typename Work::Prepared prepared,
-                           const uint8_t* vectors, const Staged& staged, float* exchange) {
+                           int format, const uint8_t* vectors, const Staged& staged, float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, columns[SETS], slot = 0;
     float unscale[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
         int row = s * SET_ROWS + (lane >> 3);
         columns[s] = (2 * (row < in.rows ? row : 0) + (lane >> 2 & 1)) * vector_bytes(in.k);
-        unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], stream.format);
+        unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], format);
     }
 #pragma unroll 1
-    for (int index = stream.first; index < stream.tiles;) {
+    for (int index = stream.first; index < stream.tiles; index += WARPS * stream.grid) {
         int mine = index + warp * stream.grid;
-#pragma unroll 1
-        for (int member = 0; member < WARPS && index < stream.tiles; member++, index += stream.grid) {
-            Sums<SETS> sums;
-            sums.clear();
-#pragma unroll 1
-            for (int at = stream.begin; at < stream.end; at += PASS) {
-                wait_for_pass(stream.depth);
-                if (index == stream.first && at == stream.begin) mark(ARRIVED);
-                multiply<SETS>(sums, stream.at_slot(slot), stream.format, at, stream.begin, stream.end, vectors, columns);
-                __syncwarp();
-                stream.put(slot);
-                slot = slot + 1 == stream.depth ? 0 : slot + 1;
-            }
-#pragma unroll
-            for (int s = 0; s < SETS; s++) {
-                int row = s * SET_ROWS + t;
-                float* out = exchange + ((member * SHARES + warp) * in.rows + row) * TILE + g;
-                float low = sums.total(s, 0) * unscale[s], high = sums.total(s, 1) * unscale[s];
-                if (row < in.rows) out[0] = low, out[8] = high;
-            }
-        }
+        with_format(format, [&](auto constant) {
+            multiply_group<SETS, constant.value>(index, slot, in.rows, stream, vectors, columns, unscale, exchange);
+        });
         mark(MULTIPLIED);
         __syncthreads();
         if (mine < stream.tiles) {
@@ -297,7 +311,7 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& wo
             }
             work.finish(prepared, staged, value);
         }
-        if (index >= stream.tiles) break;
+        if (index + WARPS * stream.grid >= stream.tiles) break;
         mine += WARPS * stream.grid;
         if (mine < stream.tiles) {
             prepared = work.prepare(mine);

@@ -10,6 +10,9 @@
 #pragma once
 #include "segment.cuh"
 
+#ifndef STEPS_UNROLLED
+#define STEPS_UNROLLED 2
+#endif
 constexpr int TILE = 16;      // weight rows
 constexpr int MAX_ROWS = 8;   // activation rows
 constexpr int SET_ROWS = 4;   // activation rows of one product
@@ -119,32 +122,22 @@ DEVICE void fetch(Slot& slot, const Tile& tile, int at, int end, int format, uin
     copy_weights16(codes + 4 * PASS / 16, low + tile.low_4, valid, policy);
     copy_weights16(codes + 8 * PASS / 16, high, valid, policy);
     copy_weights16(codes + 12 * PASS / 16, high + tile.high_4, valid, policy);
-    if (format == NVFP4) {
+    if (format == NVFP4) {  // rows start at multiples of four bytes
         uint8_t* scales = &slot.scales[0][0] + lane * 8;
         const uint8_t* scale = tile.scale + (at >> 3);
-        int left = (end >> 3) - (at >> 3) - (lane & 1) * 8;  // a multiple of four
-        if ((uint64_t)scale & 4) {  // in the rows of some widths
-            copy_async4(scales, scale, left > 0);
-            copy_async4(scales + 4, scale + 4, left > 4);
-        } else {
-            copy_async8(scales, scale, min(max(left, 0), 8));
-        }
+        int left = (end >> 3) - (at >> 3) - (lane & 1) * 8;
+        copy_async4(scales, scale, left > 0);
+        copy_async4(scales + 4, scale + 4, left > 4);
     }
 }
 
-// Waits for the oldest of `depth` passes.
-constexpr int MAX_DEPTH = 8;
-template <int LEAST = 1, int MOST = MAX_DEPTH>
+// Waits for the oldest of `depth` passes, 1..4.
 DEVICE void wait_for_pass(int depth) {
-    constexpr int HALF = (LEAST + MOST) / 2;
-    if constexpr (LEAST == MOST) {
-        copy_wait<LEAST - 1>();
-        __syncwarp();
-    } else if (depth <= HALF) {
-        wait_for_pass<LEAST, HALF>(depth);
-    } else {
-        wait_for_pass<HALF + 1, MOST>(depth);
-    }
+    if (depth > 3) copy_wait<3>();
+    else if (depth > 2) copy_wait<2>();
+    else if (depth > 1) copy_wait<1>();
+    else copy_wait<0>();
+    __syncwarp();
 }
 
 DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -197,7 +190,7 @@ template <int SETS, int FORMAT>
 DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin, int end, const uint8_t* memory,
                           const int (&columns)[SETS]) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-#pragma unroll
+#pragma unroll STEPS_UNROLLED
     for (int step = 0; step < PASS / STEP; step++) {
         int place = (4 * step + t) ^ (g & 1) * 4, offset = at + step * STEP + t * 16;
         if (offset >= end) offset = begin;  // zeros times anything finite
@@ -248,12 +241,16 @@ DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin,
     }
 }
 
-template <int SETS>
-DEVICE void multiply(Sums<SETS>& sums, const Slot& slot, int format, int at, int begin, int end, const uint8_t* memory,
-                     const int (&columns)[SETS]) {
-    if (format == NVFP4) multiply_pass<SETS, NVFP4>(sums, slot, at, begin, end, memory, columns);
-    else if (format == FP8) multiply_pass<SETS, FP8>(sums, slot, at, begin, end, memory, columns);
-    else multiply_pass<SETS, BF16>(sums, slot, at, begin, end, memory, columns);
+// Calls `work` with a format known to the compiler: what is in a loop is then one piece.
+template <int FORMAT>
+struct FormatConstant {
+    static constexpr int value = FORMAT;
+};
+template <typename Work>
+DEVICE void with_format(int format, const Work& work) {
+    if (format == NVFP4) work(FormatConstant<NVFP4>());
+    else if (format == FP8) work(FormatConstant<FP8>());
+    else work(FormatConstant<BF16>());
 }
 
 // What a product's sums are to be multiplied with, of a format whose second scale is `scale_2`.

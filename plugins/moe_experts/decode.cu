@@ -14,7 +14,7 @@ struct UpArguments {
     const float* scale_2;   // NVFP4: [E, 2]
     float* act;             // [T, TOP_K, I]
     int format;
-    int inner;
+    int inner;  // a multiple of eight
     int depth;  // passes that a warp has under way
     int padding;
 };
@@ -22,6 +22,9 @@ struct UpArguments {
 struct PreparedAct {
     int item, first;
     float scale_2, scale_2_up;
+};
+struct ActPlace {
+    int item, index;  // index: of a tile of the item
 };
 
 template <int SETS>
@@ -31,38 +34,42 @@ struct UpWork {
     const Chosen& chosen;
 
     DEVICE int tiles_of_item() const { return (a.inner + 7) >> 3; }
+    DEVICE ActPlace act_place(int index) const {
+        int tiles = tiles_of_item(), item = index / tiles;
+        return {item, index - item * tiles};
+    }
     struct Place {
-        int index, item;            // index: of its item
-        int index_step, item_step;  // to the next one of the block
+        int item, index;
+        int item_step, index_step;  // to the next one of the block
+        Tile first;                 // of expert 0
+        uint32_t bytes, scales;     // of a row
     };
     DEVICE Place place(int index) const {
-        int tiles = tiles_of_item(), items = index / tiles, grid_items = gridDim.x / tiles;
-        return {index - items * tiles, items, (int)gridDim.x - grid_items * tiles, grid_items};
+        ActPlace own = act_place(index), step = act_place(gridDim.x);
+        return {own.item, own.index, step.item, step.index,
+                make_whole_tile(a.weight, a.scale, 0, a.inner, a.input.k, a.format),
+                (uint32_t)bytes_of(a.input.k, a.format), (uint32_t)a.input.k >> 4};
     }
     DEVICE void open(const Place& p, Tile& tile) const {
-        if (a.inner % 8 == 0) {
-            uint32_t row = chosen.expert[p.item] * 2 * a.inner + p.index * 8;
-            tile = make_whole_tile(a.weight, a.scale, row, a.inner, a.input.k, a.format);
-            return;
-        }
-        uint32_t gate = chosen.expert[p.item] * 2 * a.inner, up = gate + a.inner, row = p.index * 8;
-        tile = make_tile({a.weight, a.scale, gate + row, gate + a.inner - 1},
-                         {a.weight, a.scale, up + row, up + a.inner - 1}, a.input.k, a.format);
+        uint32_t row = chosen.expert[min(p.item, MAX_ITEMS - 1)] * 2 * a.inner + p.index * 8;
+        uint64_t offset = (uint64_t)row * p.bytes;
+        tile = p.first;
+        tile.low += offset, tile.high += offset, tile.scale += (uint64_t)row * p.scales;
     }
-    DEVICE void advance(Place& p, Tile& tile) const {
-        p.index += p.index_step, p.item += p.item_step;
-        if (p.index >= tiles_of_item()) p.index -= tiles_of_item(), p.item++;
+    DEVICE void advance(Place& p, Tile& tile, bool) const {
+        int tiles = tiles_of_item();
+        p.item += p.item_step, p.index += p.index_step;
+        bool over = p.index >= tiles;
+        p.item += over, p.index -= over ? tiles : 0;
         open(p, tile);
     }
-    DEVICE Prepared prepare(int index) const {
-        int item = 0, tiles = tiles_of_item();
-#pragma unroll 1
-        while (index >= tiles) index -= tiles, item++;
-        Prepared p = {item, index * 8, 0.f, 0.f};
-        const float* scale_2 = a.scale_2 + 2 * chosen.expert[item];
+    DEVICE Prepared prepare(ActPlace at) const {
+        Prepared p = {at.item, at.index * 8, 0.f, 0.f};
+        const float* scale_2 = a.scale_2 + 2 * chosen.expert[at.item];
         if (a.format == NVFP4) p.scale_2 = scale_2[0], p.scale_2_up = scale_2[1];
         return p;
     }
+    DEVICE Prepared prepare(int index) const { return prepare(act_place(index)); }
     DEVICE void ask(Prepared&) const {}
     DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
         int n = p.first + ((threadIdx.x & 31) >> 2);
@@ -71,7 +78,7 @@ struct UpWork {
             int row = set * SET_ROWS + (threadIdx.x & 3);
             if (row >= a.input.rows) break;
             int slot = chosen.slot[p.item][row];
-            if (slot < 0 || n >= a.inner) continue;
+            if (slot < 0) continue;
             float rms = rms_factor(staged, a.input, row);
             float gate = value[2 * set] * (rms * factor_of(p.scale_2, a.format));
             float up = value[2 * set + 1] * (rms * factor_of(p.scale_2_up, a.format));
@@ -94,21 +101,22 @@ DEVICE void up_rows(const UpArguments& a) {
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
     Stream<UpWork<SETS>> stream(work, in, a.format, a.depth, blockIdx.x, gridDim.x, shared_memory);
+    ActPlace own_place = work.act_place(own);
     stage(vectors, staged, in, weight, a.format);  // while the router works, see common.cuh
     mark(STAGED);
     wait_for_previous();
     mark(WAITED);
     Keys keys;
     if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
-    choose_experts(chosen, keys, in.rows, false);
+    choose_experts(chosen, keys, in.rows);
     mark(CHOSEN);
     launch_next();  // not before: experts_down would choose at the same time, and reads what the router wrote
     int tiles = chosen.count * work.tiles_of_item();
-    stream.start(tiles);
+    stream.start(tiles, a.format);
     mark(ASKED);
     PreparedAct prepared = {};
-    if (own < tiles) prepared = work.prepare(own);
-    multiply_tiles<SETS>(in, stream, work, prepared, vectors, staged, exchange);
+    if (own < tiles) prepared = work.prepare(own_place);
+    multiply_tiles<SETS>(in, stream, work, prepared, a.format, vectors, staged, exchange);
     mark(ENDED);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
@@ -127,7 +135,7 @@ struct DownArguments {
     int format;
     int inner;
     int shared_inner;
-    int hidden;
+    int hidden;                    // a multiple of 16
     int rows;
     int depth;                     // passes that a warp has under way
 };
@@ -223,116 +231,115 @@ DEVICE void down_rows(const DownArguments& a) {
     launch_next();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, first = blockIdx.x * TILE;
     int pairs = a.rows * TOP_K, stride = 2 * vector_bytes(a.inner), shared_stride = 2 * vector_bytes(a.shared_inner);
-    Slot* slots = (Slot*)shared_memory + warp * a.depth;
-    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + DOWN_WARPS * a.depth);
+    const int depth = in_register(a.depth);
+    Slot* slots = (Slot*)shared_memory + warp * depth;
+    uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + DOWN_WARPS * depth);
     const Acts acts = {a, vectors, unscale, pairs, stride, shared_stride};
+
+    // Passes on their way: the warp's of the shared expert, then its experts'. next: the last one asked for.
+    const uint64_t policy = evict_first();
+    int shared_end = bytes_of(a.shared_inner, a.shared.format), end = bytes_of(a.inner, a.format);
+    uint32_t scales = a.inner >> 4;
+    Tile next = make_whole_tile(a.shared.weight, a.shared.scale, first, 8, a.shared_inner, a.shared.format);
+    const Tile zeroth = make_whole_tile(a.weight, a.scale, first, 8, a.inner, a.format);  // of expert 0
+    int next_item = -1, next_at = (warp - DOWN_WARPS) * PASS, next_step = DOWN_WARPS * PASS, next_end = shared_end;
+    int next_format = a.shared.format, items = 0, filled = 0;
+    auto advance = [&] {
+        next_at += next_step;
+        if (next_at < next_end) return;
+        next_item = next_item < 0 ? warp : next_item + DOWN_WARPS;
+        next_at = 0, next_step = PASS, next_end = end, next_format = a.format;
+        uint32_t row = chosen.expert[min(next_item, MAX_ITEMS - 1)] * a.hidden;
+        uint64_t offset = (uint64_t)row * (uint32_t)end;
+        next = {zeroth.low + offset, zeroth.high + offset, zeroth.low_4, zeroth.high_4,
+                zeroth.scale + (uint64_t)row * scales};
+    };
+    auto put = [&](int slot) {
+        if (next_item < items) fetch(slots[slot], next, next_at, next_end, next_format, policy);
+        copy_commit();
+    };
+#pragma unroll 1
+    for (; filled < depth && next_at + next_step < shared_end; filled++) next_at += next_step, put(filled);
+    Keys keys;
+    if (warp < a.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);  // before experts_up, see common.cuh
+    int tile_row = threadIdx.x % TILE, row = threadIdx.x / TILE, n = first + tile_row;
+    float gate = 0.f, residual = 0.f;
+    if (row < a.rows) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
+    float shared_factor = factor_of(a.shared.format == BF16 ? 1.f : *a.shared.scale_2, a.shared.format);
+    acts.stage_all<1>(pairs, pairs + a.rows - 1);
+    choose_experts(chosen, keys, a.rows);
+    mark(CHOSEN);
+    items = chosen.count;
+#pragma unroll 1
+    for (; filled < depth; filled++) advance(), put(filled);
+    mark(ASKED);
+    auto scale_2_of = [&](int item) {
+        return item >= items || a.format == BF16 ? 1.f : a.scale_2[chosen.expert[item]];
+    };
+    float scale_2 = scale_2_of(warp);
+    if (warp < a.rows) keys.weigh(chosen.weight[warp]);
     auto pair_of = [&](int item, int row) {  // or -1
         if (row >= a.rows || chosen.slot[item][row] < 0) return -1;
         return row * TOP_K + chosen.slot[item][row];
     };
-
-    // Passes on their way: the warp's of the shared expert, then its experts'.
-    const uint64_t policy = evict_first();
-    int next_item = -1, next_at = warp * PASS, next_step = DOWN_WARPS * PASS, items = 0, filled = 0;
-    int shared_end = bytes_of(a.shared_inner, a.shared.format), end = bytes_of(a.inner, a.format);
-    int next_end = shared_end, next_format = a.shared.format;
-    auto find = [&](const uint8_t* weight, const uint8_t* scale, uint32_t before, int k, int format) {
-        uint32_t row = before + first, last = before + a.hidden - 1;
-        if (a.hidden % TILE == 0) return make_whole_tile(weight, scale, row, 8, k, format);
-        return make_tile({weight, scale, row, last}, {weight, scale, row + 8, last}, k, format);
-    };
-    Tile next = find(a.shared.weight, a.shared.scale, 0, a.shared_inner, a.shared.format);
-    auto open = [&] { next = find(a.weight, a.scale, chosen.expert[next_item] * a.hidden, a.inner, a.format); };
-    auto fetch_next = [&](int slot) {
-        if (next_item < items) {
-            fetch(slots[slot], next, next_at, next_end, next_format, policy);
-            next_at += next_step;
-            if (next_at >= next_end && next_item >= 0) {
-                next_item += DOWN_WARPS, next_at = 0;
-                if (next_item < items) open();
-            }
-        }
-        copy_commit();
-    };
-#pragma unroll 1
-    for (; filled < a.depth && next_at < shared_end; filled++) fetch_next(filled);
-    Keys keys;
-    if (warp < a.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);  // before experts_up, see common.cuh
-    choose_experts(chosen, keys, a.rows, true);
-    mark(CHOSEN);
-    auto start_experts = [&] {  // once all of the shared expert is on its way
-        next_item = warp, next_at = 0, next_step = PASS, next_end = end, next_format = a.format, items = chosen.count;
-        if (next_item < items) open();
-    };
-    if (next_at >= shared_end) {
-        start_experts();
-#pragma unroll 1
-        for (; filled < a.depth; filled++) fetch_next(filled);
-    }
-    for (int i = threadIdx.x; i < chosen.count * MAX_ROWS; i += 32 * DOWN_WARPS) {
+    for (int i = threadIdx.x; i < items * MAX_ROWS; i += 32 * DOWN_WARPS) {
         int item = i / MAX_ROWS, pair = pair_of(item, i % MAX_ROWS);
         for (int row = 0; pair < 0; row++) pair = pair_of(item, row);
         pair_for[item][i % MAX_ROWS] = pair;
     }
-    int tile_row = threadIdx.x % TILE, row = threadIdx.x / TILE, n = first + tile_row;
-    bool finishing = row < a.rows && n < a.hidden;
-    float gate = 0.f, residual = 0.f;
-    if (finishing) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
-    float shared_factor = factor_of(a.shared.format == BF16 ? 1.f : *a.shared.scale_2, a.shared.format);
-    auto scale_2_of = [&](int item) {
-        return item >= chosen.count || a.format == BF16 ? 1.f : a.scale_2[chosen.expert[item]];
-    };
-    float scale_2 = scale_2_of(warp);
-    mark(ASKED);
-    acts.stage_all<1>(pairs, pairs + a.rows - 1);
-    __syncthreads();
 
     Sums<SETS> sums;
     int slot = 0, columns[SETS];
-    bool shared = true;
-#pragma unroll 1
-    for (int item = warp; shared || item < chosen.count;) {
-        int stop = shared ? shared_end : end, format = shared ? a.shared.format : a.format;
-#pragma unroll
-        for (int s = 0; s < SETS; s++) {
-            int of = s * SET_ROWS + (g >> 1), low = shared ? shared_stride : stride;
-            int vector = shared ? (of < a.rows ? of : 0) : pair_for[item][of];
-            columns[s] = (shared ? pairs * stride : 0) + vector * low + (g & 1) * low / 2;
-        }
+    auto multiply = [&](auto format, int from, int stop, int step) {
         sums.clear();
 #pragma unroll 1
-        for (int at = shared ? warp * PASS : 0; at < stop; at += shared ? DOWN_WARPS * PASS : PASS) {
-            wait_for_pass(a.depth);
-            if (!shared && item == warp && at == 0) mark(ARRIVED);
-            multiply(sums, slots[slot], format, at, 0, stop, vectors, columns);
+        for (int at = from; at < stop; at += step) {
+            wait_for_pass(depth);
+            advance();
+            multiply_pass<SETS, format.value>(sums, slots[slot], at, 0, stop, vectors, columns);
             __syncwarp();
-            fetch_next(slot);
-            slot = slot + 1 == a.depth ? 0 : slot + 1;
-            if (items == 0 && next_at >= shared_end) start_experts();
+            put(slot);
+            slot = slot + 1 == depth ? 0 : slot + 1;
         }
-        float factor = shared ? shared_factor : factor_of(scale_2, format);
+    };
+    auto store = [&](int set, float* out, int pair, float factor) {
+        out[g] = sums.total(set, 0) * (unscale[pair] * factor), out[g + 8] = sums.total(set, 1) * (unscale[pair] * factor);
+    };
 #pragma unroll
-        for (int s = 0; s < SETS; s++) {
-            int of = s * SET_ROWS + t, pair = shared ? (of < a.rows ? pairs + of : -1) : pair_of(item, of);
-            if (pair < 0) continue;
-            float* out = shared ? shared_parts[warp][of] : parts[pair];
-            out[g] = sums.total(s, 0) * (unscale[pair] * factor), out[g + 8] = sums.total(s, 1) * (unscale[pair] * factor);
-        }
-        if (shared) {
-            shared = false;
-            wait_for_previous();
-            mark(WAITED);
-            acts.stage_all<4>(0, pairs - 1);
-            mark(STAGED);
-            __syncthreads();
-        } else {
-            item += DOWN_WARPS;
-            scale_2 = scale_2_of(item);
-        }
+    for (int s = 0; s < SETS; s++) {
+        int of = s * SET_ROWS + (g >> 1), vector = of < a.rows ? of : 0;
+        columns[s] = pairs * stride + vector * shared_stride + (g & 1) * shared_stride / 2;
     }
+    with_format(a.shared.format, [&](auto format) { multiply(format, warp * PASS, shared_end, DOWN_WARPS * PASS); });
+#pragma unroll
+    for (int s = 0; s < SETS; s++) {
+        int of = s * SET_ROWS + t;
+        if (of < a.rows) store(s, shared_parts[warp][of], pairs + of, shared_factor);
+    }
+    wait_for_previous();
+    mark(WAITED);
+    acts.stage_all<4>(0, pairs - 1);
+    mark(STAGED);
+    __syncthreads();
+    with_format(a.format, [&](auto format) {
+#pragma unroll 1
+        for (int item = warp; item < items; item += DOWN_WARPS) {
+#pragma unroll
+            for (int s = 0; s < SETS; s++)
+                columns[s] = pair_for[item][s * SET_ROWS + (g >> 1)] * stride + (g & 1) * stride / 2;
+            multiply(format, 0, end, PASS);
+            float factor = factor_of(scale_2, a.format);
+            scale_2 = scale_2_of(item + DOWN_WARPS);
+#pragma unroll
+            for (int s = 0; s < SETS; s++) {
+                int pair = pair_of(item, s * SET_ROWS + t);
+                if (pair >= 0) store(s, parts[pair], pair, factor);
+            }
+        }
+    });
     mark(MULTIPLIED);
     __syncthreads();
-    if (!finishing) return;
+    if (row >= a.rows) return;
     float v[DOWN_WARPS];
 #pragma unroll
     for (int w = 0; w < DOWN_WARPS; w++) v[w] = shared_parts[w][row][tile_row];

@@ -73,9 +73,9 @@ DEVICE void pick_among_equals(uint32_t (&keys)[KEYS], int* ids, uint32_t (&best)
     }
 }
 
-// A lane's logits of a row as keys of the same order; 0 is below every number.
+// A lane's logits of a row as keys of the same order; 0 is below every number. best: the chosen ones, in every lane.
 struct Keys {
-    uint32_t key[KEYS];
+    uint32_t key[KEYS], best[TOP_K];
     DEVICE void load(const float* logits) {
 #pragma unroll
         for (int i = 0; i < KEYS; i++) {
@@ -83,13 +83,26 @@ struct Keys {
             key[i] = expert < NUM_EXPERTS ? ordered(__ldcg(logits + expert)) : 0;
         }
     }
+    // The softmax of the best.
+    DEVICE void weigh(float* weights) const {
+        float weight[TOP_K], total = 0.f;
+#pragma unroll
+        for (int j = 0; j < TOP_K; j++) {
+            weight[j] = expf(from_ordered(best[j]) - from_ordered(best[0]));
+            total += weight[j];
+        }
+#pragma unroll
+        for (int j = 0; j < TOP_K; j++)
+            if ((threadIdx.x & 31) == j) weights[j] = weight[j] / total;
+    }
 };
 
-// One warp: the ids of the TOP_K largest logits of a row, largest first, the lower id first among equals; their softmax.
-DEVICE void pick_experts(Keys& keys, int* ids, float* weights) {
+// One warp: the ids of the TOP_K largest logits of a row, largest first, the lower id first among equals.
+DEVICE void pick_experts(Keys& keys, int* ids) {
     int lane = threadIdx.x & 31;
     uint32_t(&key)[KEYS] = keys.key;
-    uint32_t sorted[KEYS], best[TOP_K];
+    uint32_t(&best)[TOP_K] = keys.best;
+    uint32_t sorted[KEYS];
 #pragma unroll
     for (int i = 0; i < KEYS; i++) sorted[i] = key[i];
     sort_keys(sorted);
@@ -118,22 +131,12 @@ DEVICE void pick_experts(Keys& keys, int* ids, float* weights) {
     } else {  // equals were taken together
         pick_among_equals(key, ids, best);
     }
-    if (!weights) return;
-    float weight[TOP_K], total = 0.f;
-#pragma unroll
-    for (int j = 0; j < TOP_K; j++) {
-        weight[j] = expf(from_ordered(best[j]) - from_ordered(best[0]));
-        total += weight[j];
-    }
-#pragma unroll
-    for (int j = 0; j < TOP_K; j++)
-        if (lane == j) weights[j] = weight[j] / total;
 }
 
 // Called by all threads of a block of at least ROUTED_ROWS warps. keys: of row `warp`, in the warps below `rows`.
-DEVICE void choose_experts(Chosen& chosen, Keys& keys, int rows, bool weights) {
+DEVICE void choose_experts(Chosen& chosen, Keys& keys, int rows) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    if (warp < rows) pick_experts(keys, chosen.ids + warp * TOP_K, weights ? chosen.weight[warp] : nullptr);
+    if (warp < rows) pick_experts(keys, chosen.ids + warp * TOP_K);
     if (rows == 1) {
         if (warp == 0) {
             __syncwarp();

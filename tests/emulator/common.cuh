@@ -141,10 +141,6 @@ inline uint4 load_weights(const void* address) {
 
 inline void copy_async16(void* shared, const void* global, bool valid) { emulator_copy(shared, global, 16, valid); }
 inline void copy_async4(void* shared, const void* global, bool valid) { emulator_copy(shared, global, 4, valid); }
-inline void copy_async8(void* shared, const void* global, int bytes) {
-    if ((unsigned long long)global % 8) emulator_fail("copy_async8: an address that is not aligned to 8 bytes");
-    for (int i = 0; i < 8; i += 4) emulator_copy((char*)shared + i, (const char*)global + i, 4, bytes > i);
-}
 inline uint64_t evict_first() { return 0; }
 inline void copy_weights16(void* shared, const void* global, bool valid, uint64_t) {
     emulator_copy(shared, global, 16, valid);
