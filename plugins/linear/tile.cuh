@@ -234,8 +234,8 @@ DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin,
 #pragma unroll
             for (int set = 0; set < SETS; set++) {
                 uint4 x = fragment<FORMAT>(memory + columns[set], offset, 0);
-                mma_bf16(sums.c[set][2 * step], a, x.x, x.y);
-                mma_bf16(sums.c[set][2 * step + 1], b, x.z, x.w);
+                mma_bf16(sums.c[set][STEPS_UNROLLED == 1 ? 0 : 2 * step], a, x.x, x.y);
+                mma_bf16(sums.c[set][STEPS_UNROLLED == 1 ? 1 : 2 * step + 1], b, x.z, x.w);
             }
         }
     }

@@ -290,53 +290,49 @@ DEVICE void down_rows(const DownArguments& a) {
 
     Sums<SETS> sums;
     int slot = 0, columns[SETS];
-    auto multiply = [&](auto format, int from, int stop, int step) {
+    bool shared = true;
+#pragma unroll 1
+    for (int item = warp; shared || item < items;) {  // the shared expert first: the same code, which is then at hand
+        int stop = shared ? shared_end : end, step = shared ? DOWN_WARPS * PASS : PASS;
+        int format = shared ? a.shared.format : a.format;
+#pragma unroll
+        for (int s = 0; s < SETS; s++) {
+            int of = s * SET_ROWS + (g >> 1), low = shared ? shared_stride : stride;
+            int vector = shared ? (of < a.rows ? of : 0) : pair_for[item][of];
+            columns[s] = (shared ? pairs * stride : 0) + vector * low + (g & 1) * low / 2;
+        }
         sums.clear();
+        with_format(format, [&](auto constant) {
 #pragma unroll 1
-        for (int at = from; at < stop; at += step) {
-            wait_for_pass(depth);
-            advance();
-            multiply_pass<SETS, format.value>(sums, slots[slot], at, 0, stop, vectors, columns);
-            __syncwarp();
-            put(slot);
-            slot = slot + 1 == depth ? 0 : slot + 1;
-        }
-    };
-    auto store = [&](int set, float* out, int pair, float factor) {
-        out[g] = sums.total(set, 0) * (unscale[pair] * factor), out[g + 8] = sums.total(set, 1) * (unscale[pair] * factor);
-    };
-#pragma unroll
-    for (int s = 0; s < SETS; s++) {
-        int of = s * SET_ROWS + (g >> 1), vector = of < a.rows ? of : 0;
-        columns[s] = pairs * stride + vector * shared_stride + (g & 1) * shared_stride / 2;
-    }
-    with_format(a.shared.format, [&](auto format) { multiply(format, warp * PASS, shared_end, DOWN_WARPS * PASS); });
-#pragma unroll
-    for (int s = 0; s < SETS; s++) {
-        int of = s * SET_ROWS + t;
-        if (of < a.rows) store(s, shared_parts[warp][of], pairs + of, shared_factor);
-    }
-    wait_for_previous();
-    mark(WAITED);
-    acts.stage_all<4>(0, pairs - 1);
-    mark(STAGED);
-    __syncthreads();
-    with_format(a.format, [&](auto format) {
-#pragma unroll 1
-        for (int item = warp; item < items; item += DOWN_WARPS) {
-#pragma unroll
-            for (int s = 0; s < SETS; s++)
-                columns[s] = pair_for[item][s * SET_ROWS + (g >> 1)] * stride + (g & 1) * stride / 2;
-            multiply(format, 0, end, PASS);
-            float factor = factor_of(scale_2, a.format);
-            scale_2 = scale_2_of(item + DOWN_WARPS);
-#pragma unroll
-            for (int s = 0; s < SETS; s++) {
-                int pair = pair_of(item, s * SET_ROWS + t);
-                if (pair >= 0) store(s, parts[pair], pair, factor);
+            for (int at = shared ? warp * PASS : 0; at < stop; at += step) {
+                wait_for_pass(depth);
+                advance();
+                multiply_pass<SETS, constant.value>(sums, slots[slot], at, 0, stop, vectors, columns);
+                __syncwarp();
+                put(slot);
+                slot = slot + 1 == depth ? 0 : slot + 1;
             }
+        });
+        float factor = shared ? shared_factor : factor_of(scale_2, format);
+#pragma unroll
+        for (int s = 0; s < SETS; s++) {
+            int of = s * SET_ROWS + t, pair = shared ? (of < a.rows ? pairs + of : -1) : pair_of(item, of);
+            if (pair < 0) continue;
+            float* out = shared ? shared_parts[warp][of] : parts[pair];
+            out[g] = sums.total(s, 0) * (unscale[pair] * factor), out[g + 8] = sums.total(s, 1) * (unscale[pair] * factor);
         }
-    });
+        if (shared) {
+            shared = false;
+            wait_for_previous();
+            mark(WAITED);
+            acts.stage_all<4>(0, pairs - 1);
+            mark(STAGED);
+            __syncthreads();
+        } else {
+            item += DOWN_WARPS;
+            scale_2 = scale_2_of(item);
+        }
+    }
     mark(MULTIPLIED);
     __syncthreads();
     if (row >= a.rows) return;
