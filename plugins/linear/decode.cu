@@ -100,12 +100,8 @@ struct LinearWork {
             p.scale_2 = *s.scale_2;
             if (s.epilogue == SWIGLU) p.scale_2_up = *s.scale_2_up;
         }
-        return p;
-    }
-    DEVICE void ask(Prepared& p) const {
-        const Segment& s = a.segments.segment[p.segment];
         if (s.ring_mask) p.position = __ldcg(a.input.position);
-        if (s.epilogue != ADD) return;
+        if (s.epilogue != ADD) return p;
         int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3, from = a.residual_row ? __ldcg(a.residual_row) : 0;
 #pragma unroll
         for (int i = 0; i < 2 * SETS; i++) {
@@ -113,6 +109,7 @@ struct LinearWork {
             if (row < a.input.rows && n < s.n)
                 p.residual[i] = __ldcg(a.residual + (int64_t)(from + row) * s.out_stride + n);
         }
+        return p;
     }
     DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
         const Segment& s = a.segments.segment[p.segment];
@@ -183,22 +180,18 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     const Work work = {a, part, best};
     uint8_t* vectors = (uint8_t*)shared_memory + in.pool;
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
-    int block = blockIdx.x - part.first_block, own = block + threadIdx.x / 32 * part.blocks;
+    int block = blockIdx.x - part.first_block;
     Stream<Work> stream(work, in, part.format, part.depth, block, part.blocks, shared_memory);
     stream.start(part.tiles, part.format);
     NormWeight weight;
     weight.load(in, share_of(in.k, threadIdx.x / 32));
-    typename Work::Prepared prepared = {};
-    if (own < part.tiles) prepared = work.prepare(own);
     mark(ASKED);
     wait_for_previous();
     mark(WAITED);
     if (in.late) launch_next();
-    if (own < part.tiles) work.ask(prepared);
     stage(vectors, staged, in, weight, part.format);
     mark(STAGED);
-    __syncthreads();
-    multiply_tiles<SETS>(in, stream, work, prepared, part.format, vectors, staged, exchange);
+    multiply_tiles<SETS>(in, stream, work, part.format, vectors, staged, exchange);
     if (BEST) join_best(*b, best, in.rows);
     mark(ENDED);
     if (!a.normed || blockIdx.x) return;

@@ -77,35 +77,35 @@ DEVICE void find_head_factors(float* factors, const Input& in) {
     __syncthreads();
 }
 
-// N pieces of the warp's share together, 2^shift of each row from `first` on, with hardly a branch: this is between a
-// kernel's start and its products. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
-// applied to the product. Rows past the last are that one once more. For shares of more pieces `scan` is 1, then 2: find
-// the scale, from piece to piece; split by it.
-template <int N>
+// Two pieces of the warp's share together: of row `first` and the next one or, with `pair`, both of row `first`; with hardly a
+// branch, as this is between a kernel's start and its products, and once: what all kernels of a layer execute is to stay in
+// the instruction cache. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is applied to the
+// product. A row past the last is that one once more. For shares of more pieces `scan` is 1, then 2: find the scale, from
+// one pair of pieces to the next; split by it.
 DEVICE void stage_pieces(uint8_t* vectors, Staged& staged, const Input& in, Share share, const NormWeight& weight,
-                         int format, int first, int shift, int piece = 0, int scan = 0) {
+                         int format, int first, bool pair, int piece, int scan) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
-    bool ragged = (piece + (1 << shift)) * PIECE > share.end - share.begin;
-    float x[N][8], squares[N];
-    uint32_t largest[N];
-    int row[N], at[N];
+    bool ragged = (piece + 1 + pair) * PIECE > share.end - share.begin;
+    float x[2][8], squares[2];
+    uint32_t largest[2];
+    int row[2], at[2];
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        row[i] = min(first + (i >> shift), in.rows - 1);
-        at[i] = share.begin + (piece + (i & ((1 << shift) - 1))) * PIECE + lane * 8;
+    for (int i = 0; i < 2; i++) {
+        row[i] = pair ? first : min(first + i, in.rows - 1);
+        at[i] = share.begin + (piece + (pair ? i : 0)) * PIECE + lane * 8;
         load_eight(x[i], in.x + (int64_t)row[i] * in.x_stride + min(at[i], in.k - 8));
     }
     if (in.head_squares && first == 0 && piece == 0 && scan != 2) find_head_factors(staged.factors, in);
     if (ragged) {
 #pragma unroll
-        for (int i = 0; i < N * 8; i++)
+        for (int i = 0; i < 16; i++)
             if (at[i / 8] >= share.end) x[i / 8][i % 8] = 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < N; i++) squares[i] = 0.f;
+    for (int i = 0; i < 2; i++) squares[i] = 0.f;
     if (in.norm_weight) {
 #pragma unroll
-        for (int i = 0; i < N; i++) {
+        for (int i = 0; i < 2; i++) {
             float other[8];
 #pragma unroll
             for (int j = 0; j < 8; j++) other[j] = weight.value[j];
@@ -116,11 +116,11 @@ DEVICE void stage_pieces(uint8_t* vectors, Staged& staged, const Input& in, Shar
 #pragma unroll
         for (int offset = 16; offset; offset >>= 1)
 #pragma unroll
-            for (int i = 0; i < N; i++) squares[i] += __shfl_xor_sync(ALL_LANES, squares[i], offset);
+            for (int i = 0; i < 2; i++) squares[i] += __shfl_xor_sync(ALL_LANES, squares[i], offset);
     }
     if (in.head_squares) {
 #pragma unroll
-        for (int i = 0; i < N; i++) {
+        for (int i = 0; i < 2; i++) {
             int k = min(at[i], in.k - 1);
             float factor = staged.factors[(int)__fdividef(row[i] * in.k + k + 0.5f, in.head_dim)];
 #pragma unroll
@@ -128,33 +128,25 @@ DEVICE void stage_pieces(uint8_t* vectors, Staged& staged, const Input& in, Shar
         }
     }
 #pragma unroll
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < 2; i++) {
         float most = 0.f;
 #pragma unroll
         for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(x[i][j]));
         largest[i] = __reduce_max_sync(ALL_LANES, __float_as_uint(most));
     }
-    if (N >= 2 && shift) {  // the pieces of a row share its scale
-#pragma unroll
-        for (int i = 0; i + 1 < N; i += 2) {
-            squares[i] += squares[i + 1];
-            largest[i] = largest[i + 1] = max(largest[i], largest[i + 1]);
+    if (pair) {  // of one row, whose scale they share
+        squares[0] += squares[1];
+        largest[0] = max(largest[0], largest[1]);
+        if (scan && (scan == 2 || piece)) {
+            squares[0] = scan == 2 ? staged.squares[first][warp] : staged.squares[first][warp] + squares[0];
+            largest[0] = max(largest[0], staged.largest[warp][first]);
+            __syncwarp();
         }
-        if (N == 4 && shift == 2) {
-            squares[0] += squares[N / 2];
-#pragma unroll
-            for (int i = 0; i < N; i++) largest[i] = max(largest[0], largest[N / 2]);
-        }
-    }
-    if (scan && (scan == 2 || piece)) {
-        squares[0] = scan == 2 ? staged.squares[row[0]][warp] : staged.squares[row[0]][warp] + squares[0];
-        largest[0] = max(largest[0], staged.largest[warp][row[0]]);
-        __syncwarp();
+        squares[1] = squares[0], largest[1] = largest[0];
     }
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        if (lane == 0 && (i & ((1 << shift) - 1)) == 0)
-            staged.squares[row[i]][warp] = squares[i], staged.largest[warp][row[i]] = largest[i];
+    for (int i = 0; i < 2; i++) {
+        if (lane == 0) staged.squares[row[i]][warp] = squares[i], staged.largest[warp][row[i]] = largest[i];
         if (scan == 1 || (ragged && at[i] >= share.end)) continue;
         split_eight(vectors + 2 * row[i] * stride + chunk_place(at[i] / 8), stride, x[i], scale_of(largest[i], format),
                     format);
@@ -165,28 +157,20 @@ DEVICE void stage_pieces(uint8_t* vectors, Staged& staged, const Input& in, Shar
 DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormWeight& weight, int format) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Share share = share_of(in.k, warp);
-    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, shift = pieces > 2 ? 2 : pieces > 1 ? 1 : 0;
+    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, scan = pieces > 2 ? 1 : 0, piece = 0, row = 0;
     if (!pieces && in.head_squares) find_head_factors(staged.factors, in);
     if (!pieces && lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
 #pragma unroll 1
-    for (int row = 0; pieces && row < in.rows;) {
-        int scans = pieces > 4 ? 2 : 0, together = scans ? 1 : min((in.rows - row) << shift, 4);
-        if (together == 4) {
-            stage_pieces<4>(vectors, staged, in, share, weight, format, row, shift);
-        } else if (together == 3) {
-            stage_pieces<3>(vectors, staged, in, share, weight, format, row, shift);
-        } else if (together == 2) {
-            stage_pieces<2>(vectors, staged, in, share, weight, format, row, shift);
+    while (pieces && row < in.rows) {
+        stage_pieces(vectors, staged, in, share, weight, format, row, pieces > 1, piece, scan);
+        piece += 2;
+        if (piece < pieces) {
+            __syncwarp();
         } else {
-#pragma unroll 1
-            for (int scan = min(scans, 1); scan <= scans; scan++)
-#pragma unroll 1
-                for (int piece = 0; piece < pieces; piece++) {
-                    stage_pieces<1>(vectors, staged, in, share, weight, format, row, 0, piece, scan);
-                    __syncwarp();
-                }
+            piece = 0;
+            if (scan == 1) scan = 2, __syncwarp();
+            else row += pieces > 1 ? 1 : 2, scan = pieces > 2 ? 1 : 0;
         }
-        row += scans ? 1 : together >> shift;
     }
 }
 
@@ -275,48 +259,44 @@ DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work>& stream,
 }
 
 // Multiplies the block's tiles. A Work also has
-//   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
+//   prepare(index): what finish will need;
 //   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
-// Warps finish a tile each, eight at a time. prepared: of the warp's first. exchange: [tile, share, row, TILE] floats,
-// for eight tiles or as many as there are. Needs all shares staged, and a barrier between.
+// Warps finish a tile each, eight at a time. exchange: [tile, share, row, TILE] floats, for eight tiles or as many as there
+// are. Called with the rows staged.
 template <int SETS, typename Work>
-DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& work, typename Work::Prepared prepared,
-                           int format, const uint8_t* vectors, const Staged& staged, float* exchange) {
+DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& work, int format, const uint8_t* vectors,
+                           const Staged& staged, float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, columns[SETS], slot = 0;
     float unscale[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
         int row = s * SET_ROWS + (lane >> 3);
         columns[s] = (2 * (row < in.rows ? row : 0) + (lane >> 2 & 1)) * vector_bytes(in.k);
-        unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], format);
     }
 #pragma unroll 1
     for (int index = stream.first; index < stream.tiles; index += WARPS * stream.grid) {
         int mine = index + warp * stream.grid;
+        typename Work::Prepared prepared = {};
+        if (mine < stream.tiles) prepared = work.prepare(mine);
+        __syncthreads();
+#pragma unroll
+        for (int s = 0; s < SETS; s++) unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], format);
         with_format(format, [&](auto constant) {
             multiply_group<SETS, constant.value>(index, slot, in.rows, stream, vectors, columns, unscale, exchange);
         });
         mark(MULTIPLIED);
         __syncthreads();
-        if (mine < stream.tiles) {
-            float value[2 * SETS];
+        if (mine >= stream.tiles) continue;
+        float value[2 * SETS];
 #pragma unroll
-            for (int i = 0; i < 2 * SETS; i++) {
-                int row = min(i / 2 * SET_ROWS + t, in.rows - 1);
-                const float* from = exchange + (warp * SHARES * in.rows + row) * TILE + g + i % 2 * 8;
-                float v[SHARES];
+        for (int i = 0; i < 2 * SETS; i++) {
+            int row = min(i / 2 * SET_ROWS + t, in.rows - 1);
+            const float* from = exchange + (warp * SHARES * in.rows + row) * TILE + g + i % 2 * 8;
+            float v[SHARES];
 #pragma unroll
-                for (int w = 0; w < SHARES; w++) v[w] = from[w * in.rows * TILE];
-                value[i] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-            }
-            work.finish(prepared, staged, value);
+            for (int w = 0; w < SHARES; w++) v[w] = from[w * in.rows * TILE];
+            value[i] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
         }
-        if (index + WARPS * stream.grid >= stream.tiles) break;
-        mine += WARPS * stream.grid;
-        if (mine < stream.tiles) {
-            prepared = work.prepare(mine);
-            work.ask(prepared);
-        }
-        __syncthreads();
+        work.finish(prepared, staged, value);
     }
 }

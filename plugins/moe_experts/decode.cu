@@ -63,14 +63,13 @@ struct UpWork {
         p.item += over, p.index -= over ? tiles : 0;
         open(p, tile);
     }
-    DEVICE Prepared prepare(ActPlace at) const {
+    DEVICE Prepared prepare(int index) const {
+        ActPlace at = act_place(index);
         Prepared p = {at.item, at.index * 8, 0.f, 0.f};
         const float* scale_2 = a.scale_2 + 2 * chosen.expert[at.item];
         if (a.format == NVFP4) p.scale_2 = scale_2[0], p.scale_2_up = scale_2[1];
         return p;
     }
-    DEVICE Prepared prepare(int index) const { return prepare(act_place(index)); }
-    DEVICE void ask(Prepared&) const {}
     DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
         int n = p.first + ((threadIdx.x & 31) >> 2);
 #pragma unroll
@@ -97,11 +96,10 @@ DEVICE void up_rows(const UpArguments& a) {
     uint8_t* vectors = (uint8_t*)shared_memory + in.pool;
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     mark_start(1, in.rows);
-    int warp = threadIdx.x >> 5, own = blockIdx.x + warp * gridDim.x;
+    int warp = threadIdx.x >> 5;
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
     Stream<UpWork<SETS>> stream(work, in, a.format, a.depth, blockIdx.x, gridDim.x, shared_memory);
-    ActPlace own_place = work.act_place(own);
     stage(vectors, staged, in, weight, a.format);  // while the router works, see common.cuh
     mark(STAGED);
     wait_for_previous();
@@ -114,9 +112,7 @@ DEVICE void up_rows(const UpArguments& a) {
     int tiles = chosen.count * work.tiles_of_item();
     stream.start(tiles, a.format);
     mark(ASKED);
-    PreparedAct prepared = {};
-    if (own < tiles) prepared = work.prepare(own_place);
-    multiply_tiles<SETS>(in, stream, work, prepared, a.format, vectors, staged, exchange);
+    multiply_tiles<SETS>(in, stream, work, a.format, vectors, staged, exchange);
     mark(ENDED);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
@@ -142,33 +138,28 @@ struct DownArguments {
 
 constexpr int DOWN_WARPS = 8;
 
-// What the rows' experts made, staged. As stage_pieces: N vectors together, 512 values of each from `from` on.
+// What the rows' experts made, staged: of each pair of a row and an expert, then of the rows' shared expert.
 struct Acts {
     const DownArguments& a;
     uint8_t* vectors;
     float* unscale;
     int pairs, stride, shared_stride;
 
-    DEVICE int length(int pair) const { return pair < pairs ? a.inner : a.shared_inner; }
-
-    template <int N>
-    DEVICE void stage(int first, int last, uint32_t (&largest)[N], int from = 0, int scan = 0) const {
-        int lane = threadIdx.x & 31, k[N], pair[N];
-        float v[N][2][8];
+    // As stage_pieces: two pairs together, 512 values of each from `from` on.
+    DEVICE void stage(const int (&pair)[2], uint32_t (&largest)[2], bool routed, int from, int scan) const {
+        int lane = threadIdx.x & 31, k = routed ? a.inner : a.shared_inner, format = routed ? a.format : a.shared.format;
+        const float* x = routed ? a.act : a.shared_act - (int64_t)pairs * k;
+        uint8_t* first = routed ? vectors : vectors + pairs * (stride - shared_stride);
+        float v[2][2][8];
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            pair[i] = min(first + i * DOWN_WARPS, last), k[i] = length(pair[i]);
-            bool routed = pair[i] < pairs;
-            const float* x = (routed ? a.act : a.shared_act) + (int64_t)(routed ? pair[i] : pair[i] - pairs) * k[i];
+        for (int i = 0; i < 4; i++)
+            load_eight(v[i / 2][i % 2], x + (int64_t)pair[i / 2] * k + min(from + i % 2 * PIECE + lane * 8, k - 8));
 #pragma unroll
-            for (int h = 0; h < 2; h++) load_eight(v[i][h], x + min(from + h * PIECE + lane * 8, k[i] - 8));
-        }
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            if (from + 2 * PIECE > k[i]) {
+        for (int i = 0; i < 2; i++) {
+            if (from + 2 * PIECE > k) {
 #pragma unroll
                 for (int j = 0; j < 16; j++)
-                    if (from + j / 8 * PIECE + lane * 8 >= k[i]) v[i][j / 8][j % 8] = 0.f;
+                    if (from + j / 8 * PIECE + lane * 8 >= k) v[i][j / 8][j % 8] = 0.f;
             }
             float most = 0.f;
 #pragma unroll
@@ -177,42 +168,32 @@ struct Acts {
         }
         if (scan == 1) return;
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            bool routed = pair[i] < pairs;
-            int format = routed ? a.format : a.shared.format;
-            uint8_t* vector = vectors + (routed ? pair[i] * stride : pairs * stride + (pair[i] - pairs) * shared_stride);
+        for (int i = 0; i < 2; i++) {
+            uint8_t* vector = first + pair[i] * (routed ? stride : shared_stride);
             float scale = scale_of(largest[i], format);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int at = from + h * PIECE + lane * 8;
-                if (at < k[i]) split_eight(vector + chunk_place(at / 8), vector_bytes(k[i]), v[i][h], scale, format);
+                if (at < k) split_eight(vector + chunk_place(at / 8), vector_bytes(k), v[i][h], scale, format);
             }
             if (lane == 0) unscale[pair[i]] = unscale_of(largest[i], format);
         }
     }
 
-    // The warp's share of the pairs first..last: every eighth, of short vectors up to MOST together.
-    template <int MOST>
-    DEVICE void stage_all(int first, int last) const {
-        constexpr int TWO = MOST >= 2 ? 2 : 1;
+    // The warp's share, every eighth, of the pairs, or of the rows' shared expert.
+    DEVICE void stage_all(bool routed) const {
+        int first = routed ? 0 : pairs, end = routed ? pairs : pairs + a.rows, k = routed ? a.inner : a.shared_inner;
+        int scans = k > 2 * PIECE ? 2 : 0;
 #pragma unroll 1
-        for (int pair = first + (threadIdx.x >> 5); pair <= last;) {
-            int together = (last - pair) / DOWN_WARPS + 1, scans = length(pair) > 2 * PIECE ? 2 : 0;
-            uint32_t largest[MOST] = {};
-            if (MOST >= 4 && !scans && together > 2) {
-                stage<MOST>(pair, last, largest);
-                together = MOST;
-            } else if (MOST >= 2 && !scans && together == 2) {
-                stage<TWO>(pair, last, (uint32_t(&)[TWO])largest);
-            } else {
-                together = 1;
+        for (int pair = first + (threadIdx.x >> 5); pair < end; pair += 2 * DOWN_WARPS) {
+            int both[2] = {pair, pair + DOWN_WARPS < end ? pair + DOWN_WARPS : pair};
+            uint32_t largest[2] = {};
 #pragma unroll 1
-                for (int scan = min(scans, 1); scan <= scans; scan++)
-#pragma unroll 1
-                    for (int from = 0; from < length(pair); from += 2 * PIECE)
-                        stage<1>(pair, last, (uint32_t(&)[1])largest, from, scan);
+            for (int scan = min(scans, 1), from = 0; scan <= scans;) {
+                stage(both, largest, routed, from, scan);
+                from += 2 * PIECE;
+                if (from >= k) from = 0, scan++;
             }
-            pair += together * DOWN_WARPS;
         }
     }
 };
@@ -266,71 +247,69 @@ DEVICE void down_rows(const DownArguments& a) {
     float gate = 0.f, residual = 0.f;
     if (row < a.rows) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
     float shared_factor = factor_of(a.shared.format == BF16 ? 1.f : *a.shared.scale_2, a.shared.format);
-    acts.stage_all<1>(pairs, pairs + a.rows - 1);
-    choose_experts(chosen, keys, a.rows);
-    mark(CHOSEN);
-    items = chosen.count;
-#pragma unroll 1
-    for (; filled < depth; filled++) advance(), put(filled);
-    mark(ASKED);
     auto scale_2_of = [&](int item) {
         return item >= items || a.format == BF16 ? 1.f : a.scale_2[chosen.expert[item]];
     };
-    float scale_2 = scale_2_of(warp);
-    if (warp < a.rows) keys.weigh(chosen.weight[warp]);
     auto pair_of = [&](int item, int row) {  // or -1
         if (row >= a.rows || chosen.slot[item][row] < 0) return -1;
         return row * TOP_K + chosen.slot[item][row];
     };
-    for (int i = threadIdx.x; i < items * MAX_ROWS; i += 32 * DOWN_WARPS) {
-        int item = i / MAX_ROWS, pair = pair_of(item, i % MAX_ROWS);
-        for (int row = 0; pair < 0; row++) pair = pair_of(item, row);
-        pair_for[item][i % MAX_ROWS] = pair;
-    }
-
     Sums<SETS> sums;
     int slot = 0, columns[SETS];
-    bool shared = true;
+    float scale_2 = 1.f;
 #pragma unroll 1
-    for (int item = warp; shared || item < items;) {  // the shared expert first: the same code, which is then at hand
-        int stop = shared ? shared_end : end, step = shared ? DOWN_WARPS * PASS : PASS;
-        int format = shared ? a.shared.format : a.format;
-#pragma unroll
-        for (int s = 0; s < SETS; s++) {
-            int of = s * SET_ROWS + (g >> 1), low = shared ? shared_stride : stride;
-            int vector = shared ? (of < a.rows ? of : 0) : pair_for[item][of];
-            columns[s] = (shared ? pairs * stride : 0) + vector * low + (g & 1) * low / 2;
-        }
-        sums.clear();
-        with_format(format, [&](auto constant) {
+    for (int routed = 0; routed < 2; routed++) {  // the shared expert first: its code, the same, is then at hand
+        if (routed) wait_for_previous(), mark(WAITED);
+        acts.stage_all(routed);
+        if (!routed) {
+            choose_experts(chosen, keys, a.rows);
+            mark(CHOSEN);
+            items = chosen.count;
 #pragma unroll 1
-            for (int at = shared ? warp * PASS : 0; at < stop; at += step) {
-                wait_for_pass(depth);
-                advance();
-                multiply_pass<SETS, constant.value>(sums, slots[slot], at, 0, stop, vectors, columns);
-                __syncwarp();
-                put(slot);
-                slot = slot + 1 == depth ? 0 : slot + 1;
+            for (; filled < depth; filled++) advance(), put(filled);
+            mark(ASKED);
+            scale_2 = scale_2_of(warp);
+            if (warp < a.rows) keys.weigh(chosen.weight[warp]);
+            for (int i = threadIdx.x; i < items * MAX_ROWS; i += 32 * DOWN_WARPS) {
+                int item = i / MAX_ROWS, pair = pair_of(item, i % MAX_ROWS);
+                for (int row = 0; pair < 0; row++) pair = pair_of(item, row);
+                pair_for[item][i % MAX_ROWS] = pair;
             }
-        });
-        float factor = shared ? shared_factor : factor_of(scale_2, format);
-#pragma unroll
-        for (int s = 0; s < SETS; s++) {
-            int of = s * SET_ROWS + t, pair = shared ? (of < a.rows ? pairs + of : -1) : pair_of(item, of);
-            if (pair < 0) continue;
-            float* out = shared ? shared_parts[warp][of] : parts[pair];
-            out[g] = sums.total(s, 0) * (unscale[pair] * factor), out[g + 8] = sums.total(s, 1) * (unscale[pair] * factor);
-        }
-        if (shared) {
-            shared = false;
-            wait_for_previous();
-            mark(WAITED);
-            acts.stage_all<4>(0, pairs - 1);
+        } else {
             mark(STAGED);
             __syncthreads();
-        } else {
-            item += DOWN_WARPS;
-            scale_2 = scale_2_of(item);
+        }
+        int from = routed ? 0 : warp * PASS, stop = routed ? end : shared_end, step = routed ? PASS : DOWN_WARPS * PASS;
+        int format = routed ? a.format : a.shared.format, last = routed ? items : 1;
+#pragma unroll 1
+        for (int item = routed ? warp : 0; item < last; item += DOWN_WARPS) {
+#pragma unroll
+            for (int s = 0; s < SETS; s++) {
+                int of = s * SET_ROWS + (g >> 1), low = routed ? stride : shared_stride;
+                int vector = routed ? pair_for[item][of] : of < a.rows ? of : 0;
+                columns[s] = (routed ? 0 : pairs * stride) + vector * low + (g & 1) * low / 2;
+            }
+            sums.clear();
+            with_format(format, [&](auto constant) {
+#pragma unroll 1
+                for (int at = from; at < stop; at += step) {
+                    wait_for_pass(depth);
+                    advance();
+                    multiply_pass<SETS, constant.value>(sums, slots[slot], at, 0, stop, vectors, columns);
+                    __syncwarp();
+                    put(slot);
+                    slot = slot + 1 == depth ? 0 : slot + 1;
+                }
+            });
+            float factor = routed ? factor_of(scale_2, format) : shared_factor;
+#pragma unroll
+            for (int s = 0; s < SETS; s++) {
+                int of = s * SET_ROWS + t, pair = routed ? pair_of(item, of) : of < a.rows ? pairs + of : -1;
+                if (pair < 0) continue;
+                float* out = routed ? parts[pair] : shared_parts[warp][of];
+                out[g] = sums.total(s, 0) * (unscale[pair] * factor), out[g + 8] = sums.total(s, 1) * (unscale[pair] * factor);
+            }
+            if (routed) scale_2 = scale_2_of(item + DOWN_WARPS);
         }
     }
     mark(MULTIPLIED);
