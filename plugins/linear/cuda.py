@@ -198,11 +198,14 @@ class LinearDecode:
         blocks, for very many tiles."""
         assert 1 <= given.rows <= MAX_ROWS
         segments = sorted(segments, key=lambda segment: int(segment.format))
-        parts = parts_of(segments, self.multiprocessors * (1 if room else 2))
+        most = self.multiprocessors * (1 if room else 2)
+        if best:  # whose blocks take eight tiles at a time
+            most = min(most, -(-segments[0].tiles // WARPS))
+        parts = parts_of(segments, most)
         arguments = LinearArguments(Segments.of(segments), input=given)
         arguments.residual, arguments.residual_row, arguments.normed = residual, residual_row, normed
         own = room - STATIC if room else (self.shared_limit - STATIC) // 2 - RESERVED
-        tiles = max(-(-part.tiles // part.blocks) for part in parts)
+        tiles = WARPS if best else max(-(-part.tiles // part.blocks) for part in parts)
         shared = arguments.input.fit(tiles, own, self.shared_limit, passes=2 if room else 1)
         for i, part in enumerate(parts):
             part.depth = arguments.input.depth(int(part.format))

@@ -68,6 +68,8 @@ struct LinearWork {
         int whole;        // tiles of the segment, but for one that is not full
         int stride, scale_stride;  // bytes from a tile to the next one of the block
     };
+    DEVICE int apart() const { return BEST ? 1 : part.blocks; }  // tiles
+
     DEVICE Place place(int index) const { return {index}; }
     DEVICE void open(Place& p, Tile& tile) const {
 #pragma unroll 1
@@ -78,7 +80,7 @@ struct LinearWork {
         }
         const Segment& s = a.segments.segment[part.first_segment + p.segment];
         bool pair = s.epilogue == SWIGLU;
-        int rows = part.blocks * tile_rows(s);
+        int rows = apart() * tile_rows(s);
         p.whole = s.n / tile_rows(s);
         p.stride = rows * bytes_of(a.input.k, part.format), p.scale_stride = rows * (a.input.k >> 4);
         uint32_t first = p.index * tile_rows(s), last = s.n - 1;
@@ -87,7 +89,7 @@ struct LinearWork {
         tile = make_tile(low, high, a.input.k, part.format);
     }
     DEVICE void advance(Place& p, Tile& tile, bool any) const {
-        p.index += part.blocks;
+        p.index += apart();
         tile.low += p.stride, tile.high += p.stride, tile.scale += p.scale_stride;
         if (any && p.index >= p.whole) open(p, tile);
     }
@@ -156,6 +158,7 @@ DEVICE void join_best(const BestArguments& b, const Best (&best)[SETS], int rows
         if (packed) atomicMax(&row_at(b.scratch, b.vocab, row).best, packed);
     }
     bool last = is_last_block(row_at(b.scratch, b.vocab, 0));  // counted at one row for all
+    if (last && threadIdx.x == 0) row_at(b.scratch, b.vocab, 0).claimed = 0;
     if (last && row < rows) write_token(row_at(b.scratch, b.vocab, row), b.tokens, b.error, row);
 }
 
@@ -163,6 +166,7 @@ template <int SETS, bool BEST>
 DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     extern __shared__ uint4 shared_memory[];
     __shared__ Staged staged;
+    __shared__ int base[2];
     const Input& in = a.input;
     mark_start(a.segments.segment[0].n << 4 | a.segments.count, in.rows);
     if (!in.late) launch_next();
@@ -181,7 +185,8 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     uint8_t* vectors = (uint8_t*)shared_memory + in.pool;
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     int block = blockIdx.x - part.first_block;
-    Stream<Work> stream(work, in, part.format, part.depth, block, part.blocks, shared_memory);
+    const Claims claims = {BEST ? &row_at(b->scratch, b->vocab, 0).claimed : nullptr, base};
+    Stream<Work, BEST> stream(work, in, part.format, part.depth, BEST ? block * WARPS : block, work.apart(), base, shared_memory);
     stream.start(part.tiles, part.format);
     NormWeight weight;
     weight.load(in, share_of(in.k, threadIdx.x / 32));
@@ -191,7 +196,7 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     if (in.late) launch_next();
     stage(vectors, staged, in, weight, part.format);
     mark(STAGED);
-    multiply_tiles<SETS>(in, stream, work, part.format, vectors, staged, exchange);
+    multiply_tiles<SETS>(in, stream, claims, work, part.format, vectors, staged, exchange);
     if (BEST) join_best(*b, best, in.rows);
     mark(ENDED);
     if (!a.normed || blockIdx.x) return;

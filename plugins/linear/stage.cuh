@@ -183,10 +183,17 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 
 // ---- tiles -------------------------------------------------------------------------------------------------------
 
-// A warp's weights on their way: its share of the block's tiles, every `grid`-th from `first` on, in passes. A Work has
-// a Place, of a tile: place(index); open(place, tile), which finds the tile; advance(place, tile, any), `grid` on, where
+// Which tiles are a block's: every `grid`-th from `first` on; or, with CLAIMED, groups of eight as blocks get to them, where
+// so much is read that the faster blocks would long be done. The first two groups are the block's own.
+struct Claims {
+    uint32_t* counter;  // zero before the launch
+    int* base;          // shared: [2], the first tile of group number 2i, 2i + 1
+    int ahead;          // of thread 0: of the group after the next
+};
+
+// A warp's weights on their way: its share of the block's tiles, in passes. A Work has a Place, of a tile: place(index); open(place, tile), which finds the tile; advance(place, tile, any), `grid` on, where
 // past the last one (any is false) it may find anything.
-template <typename Work>
+template <typename Work, bool CLAIMED>
 struct Stream {
     const Work& work;
     uint8_t* slots;
@@ -195,12 +202,15 @@ struct Stream {
     int begin, end;  // of the warp's share, in bytes of a weight row
     int first, tiles, grid;
     int next, at;  // of the last pass asked for
+    const int* base;  // of Claims
+    int member, group;
     typename Work::Place place;
     Tile tile;
 
-    DEVICE Stream(const Work& work, const Input& in, int format, int depth, int first, int grid, uint4* memory)
-        : work(work), policy(evict_first()), depth(in_register(depth)), first(first), grid(grid), next(first),
-          place(work.place(first)) {
+    DEVICE Stream(const Work& work, const Input& in, int format, int depth, int first, int grid, const int* base,
+                  uint4* memory)
+        : work(work), policy(evict_first()), depth(in_register(depth)), first(first), grid(grid), next(first), base(base),
+          member(0), group(0), place(work.place(first)) {
         Share share = share_of(in.k, threadIdx.x >> 5);
         slot_size = format == NVFP4 ? sizeof(Slot) : sizeof(Slot::codes);
         slots = (uint8_t*)memory + (threadIdx.x >> 5) * depth * slot_size;
@@ -220,7 +230,13 @@ struct Stream {
     DEVICE void advance() {
         at += PASS;
         if (at < end) return;
-        at = begin, next += grid;
+        at = begin;
+        if (CLAIMED && ++member == WARPS) {
+            member = 0, next = base[++group % 2], place = work.place(next);
+            if (next < tiles) work.open(place, tile);
+            return;
+        }
+        next += grid;
         work.advance(place, tile, next < tiles);
     }
     DEVICE void put(int slot, int format) {
@@ -230,8 +246,8 @@ struct Stream {
 };
 
 // Multiplies up to eight of the block's tiles, from `index` on, into `exchange`.
-template <int SETS, int FORMAT, typename Work>
-DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work>& stream, const uint8_t* vectors,
+template <int SETS, int FORMAT, typename Work, bool CLAIMED>
+DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work, CLAIMED>& stream, const uint8_t* vectors,
                            const int (&columns)[SETS], const float (&unscale)[SETS], float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
 #pragma unroll 1
@@ -263,9 +279,9 @@ DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work>& stream,
 //   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
 // Warps finish a tile each, eight at a time. exchange: [tile, share, row, TILE] floats, for eight tiles or as many as there
 // are. Called with the rows staged.
-template <int SETS, typename Work>
-DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& work, int format, const uint8_t* vectors,
-                           const Staged& staged, float* exchange) {
+template <int SETS, typename Work, bool CLAIMED>
+DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, Claims claims, const Work& work, int format,
+                           const uint8_t* vectors, const Staged& staged, float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, columns[SETS], slot = 0;
     float unscale[SETS];
 #pragma unroll
@@ -274,15 +290,19 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work>& stream, const Work& wo
         columns[s] = (2 * (row < in.rows ? row : 0) + (lane >> 2 & 1)) * vector_bytes(in.k);
     }
 #pragma unroll 1
-    for (int index = stream.first; index < stream.tiles; index += WARPS * stream.grid) {
+    for (int index = stream.first, group = 0; index < stream.tiles;) {
         int mine = index + warp * stream.grid;
         typename Work::Prepared prepared = {};
         if (mine < stream.tiles) prepared = work.prepare(mine);
+        if (CLAIMED && threadIdx.x == 0) claims.base[(group + 1) % 2] = group ? claims.ahead : index + WARPS * gridDim.x;
         __syncthreads();
+        if (CLAIMED && threadIdx.x == 0) claims.ahead = WARPS * (2 * gridDim.x + atomicAdd(claims.counter, 1u));
+        index = CLAIMED ? claims.base[++group % 2] : index + WARPS * stream.grid;
 #pragma unroll
         for (int s = 0; s < SETS; s++) unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], format);
         with_format(format, [&](auto constant) {
-            multiply_group<SETS, constant.value>(index, slot, in.rows, stream, vectors, columns, unscale, exchange);
+            multiply_group<SETS, constant.value>(mine - warp * stream.grid, slot, in.rows, stream, vectors, columns, unscale,
+                                                 exchange);
         });
         mark(MULTIPLIED);
         __syncthreads();

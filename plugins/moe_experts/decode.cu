@@ -99,20 +99,25 @@ DEVICE void up_rows(const UpArguments& a) {
     int warp = threadIdx.x >> 5;
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
-    Stream<UpWork<SETS>> stream(work, in, a.format, a.depth, blockIdx.x, gridDim.x, shared_memory);
+    Stream<UpWork<SETS>, false> stream(work, in, a.format, a.depth, blockIdx.x, gridDim.x, nullptr, shared_memory);
     stage(vectors, staged, in, weight, a.format);  // while the router works, see common.cuh
     mark(STAGED);
     wait_for_previous();
     mark(WAITED);
+#ifdef EARLY_DOWN
+    launch_next();
+#endif
     Keys keys;
     if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
     choose_experts(chosen, keys, in.rows);
     mark(CHOSEN);
+#ifndef EARLY_DOWN
     launch_next();  // not before: experts_down would choose at the same time, and reads what the router wrote
+#endif
     int tiles = chosen.count * work.tiles_of_item();
     stream.start(tiles, a.format);
     mark(ASKED);
-    multiply_tiles<SETS>(in, stream, work, a.format, vectors, staged, exchange);
+    multiply_tiles<SETS>(in, stream, Claims(), work, a.format, vectors, staged, exchange);
     mark(ENDED);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
@@ -223,7 +228,8 @@ DEVICE void down_rows(const DownArguments& a) {
     uint32_t scales = a.inner >> 4;
     Tile next = make_whole_tile(a.shared.weight, a.shared.scale, first, 8, a.shared_inner, a.shared.format);
     const Tile zeroth = make_whole_tile(a.weight, a.scale, first, 8, a.inner, a.format);  // of expert 0
-    int next_item = -1, next_at = (warp - DOWN_WARPS) * PASS, next_step = DOWN_WARPS * PASS, next_end = shared_end;
+    int shared_warp = DOWN_WARPS - 1 - warp;  // the first warps have the rows' choices to make
+    int next_item = -1, next_at = (shared_warp - DOWN_WARPS) * PASS, next_step = DOWN_WARPS * PASS, next_end = shared_end;
     int next_format = a.shared.format, items = 0, filled = 0;
     auto advance = [&] {
         next_at += next_step;
@@ -244,9 +250,9 @@ DEVICE void down_rows(const DownArguments& a) {
     Keys keys;
     if (warp < a.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);  // before experts_up, see common.cuh
     int tile_row = threadIdx.x % TILE, row = threadIdx.x / TILE, n = first + tile_row;
-    float gate = 0.f, residual = 0.f;
+    float gate = 0.f, residual = 0.f, shared_scale = 1.f;
     if (row < a.rows) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
-    float shared_factor = factor_of(a.shared.format == BF16 ? 1.f : *a.shared.scale_2, a.shared.format);
+    if (a.shared.format != BF16) shared_scale = *a.shared.scale_2;
     auto scale_2_of = [&](int item) {
         return item >= items || a.format == BF16 ? 1.f : a.scale_2[chosen.expert[item]];
     };
@@ -270,7 +276,7 @@ DEVICE void down_rows(const DownArguments& a) {
             mark(ASKED);
             scale_2 = scale_2_of(warp);
             if (warp < a.rows) keys.weigh(chosen.weight[warp]);
-            for (int i = threadIdx.x; i < items * MAX_ROWS; i += 32 * DOWN_WARPS) {
+            for (int i = (threadIdx.x + 32 * DOWN_WARPS / 2) % (32 * DOWN_WARPS); i < items * MAX_ROWS; i += 32 * DOWN_WARPS) {
                 int item = i / MAX_ROWS, pair = pair_of(item, i % MAX_ROWS);
                 for (int row = 0; pair < 0; row++) pair = pair_of(item, row);
                 pair_for[item][i % MAX_ROWS] = pair;
@@ -279,7 +285,7 @@ DEVICE void down_rows(const DownArguments& a) {
             mark(STAGED);
             __syncthreads();
         }
-        int from = routed ? 0 : warp * PASS, stop = routed ? end : shared_end, step = routed ? PASS : DOWN_WARPS * PASS;
+        int from = routed ? 0 : shared_warp * PASS, stop = routed ? end : shared_end, step = routed ? PASS : DOWN_WARPS * PASS;
         int format = routed ? a.format : a.shared.format, last = routed ? items : 1;
 #pragma unroll 1
         for (int item = routed ? warp : 0; item < last; item += DOWN_WARPS) {
@@ -301,12 +307,12 @@ DEVICE void down_rows(const DownArguments& a) {
                     slot = slot + 1 == depth ? 0 : slot + 1;
                 }
             });
-            float factor = routed ? factor_of(scale_2, format) : shared_factor;
+            float factor = factor_of(routed ? scale_2 : shared_scale, format);
 #pragma unroll
             for (int s = 0; s < SETS; s++) {
                 int of = s * SET_ROWS + t, pair = routed ? pair_of(item, of) : of < a.rows ? pairs + of : -1;
                 if (pair < 0) continue;
-                float* out = routed ? parts[pair] : shared_parts[warp][of];
+                float* out = routed ? parts[pair] : shared_parts[shared_warp][of];
                 out[g] = sums.total(s, 0) * (unscale[pair] * factor), out[g + 8] = sums.total(s, 1) * (unscale[pair] * factor);
             }
             if (routed) scale_2 = scale_2_of(item + DOWN_WARPS);

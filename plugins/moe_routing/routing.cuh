@@ -75,13 +75,18 @@ DEVICE void pick_among_equals(uint32_t (&keys)[KEYS], int* ids, uint32_t (&best)
 
 // A lane's logits of a row as keys of the same order; 0 is below every number. best: the chosen ones, in every lane.
 struct Keys {
+    float logit[KEYS];
     uint32_t key[KEYS], best[TOP_K];
     DEVICE void load(const float* logits) {
 #pragma unroll
         for (int i = 0; i < KEYS; i++) {
             int expert = i * 32 + (threadIdx.x & 31);
-            key[i] = expert < NUM_EXPERTS ? ordered(__ldcg(logits + expert)) : 0;
+            logit[i] = expert < NUM_EXPERTS ? __ldcg(logits + expert) : 0.f;
         }
+    }
+    DEVICE void order() {
+#pragma unroll
+        for (int i = 0; i < KEYS; i++) key[i] = i * 32 + (threadIdx.x & 31) < NUM_EXPERTS ? ordered(logit[i]) : 0;
     }
     // The softmax of the best.
     DEVICE void weigh(float* weights) const {
@@ -100,6 +105,7 @@ struct Keys {
 // One warp: the ids of the TOP_K largest logits of a row, largest first, the lower id first among equals.
 DEVICE void pick_experts(Keys& keys, int* ids) {
     int lane = threadIdx.x & 31;
+    keys.order();
     uint32_t(&key)[KEYS] = keys.key;
     uint32_t(&best)[TOP_K] = keys.best;
     uint32_t sorted[KEYS];

@@ -18,7 +18,8 @@ struct Row {
     uint32_t keep;         // how many from `first` on pass top_k; 0: all
     uint32_t arrived;      // blocks, in this launch
     uint32_t listed;       // entries of bins `first` to `last`
-    uint32_t padding[3];
+    uint32_t claimed;      // groups of tiles of an lm_head, in this launch
+    uint32_t padding[2];
     Wide mass[BINS];
     uint32_t count[BINS];
 };
