@@ -275,13 +275,13 @@ DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work, CLAIMED>
 }
 
 // Multiplies the block's tiles. A Work also has
-//   prepare(index): what finish will need;
+//   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
 //   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
 // Warps finish a tile each, eight at a time. exchange: [tile, share, row, TILE] floats, for eight tiles or as many as there
-// are. Called with the rows staged.
-template <int SETS, typename Work, bool CLAIMED>
+// are. begin: called once, between them: to wait for the previous kernel and stage the rows, if that is not done.
+template <int SETS, typename Work, bool CLAIMED, typename Begin>
 DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, Claims claims, const Work& work, int format,
-                           const uint8_t* vectors, const Staged& staged, float* exchange) {
+                           const uint8_t* vectors, const Staged& staged, float* exchange, const Begin& begin) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, columns[SETS], slot = 0;
     float unscale[SETS];
 #pragma unroll
@@ -294,6 +294,8 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, Claim
         int mine = index + warp * stream.grid;
         typename Work::Prepared prepared = {};
         if (mine < stream.tiles) prepared = work.prepare(mine);
+        if (index == stream.first) begin();
+        if (mine < stream.tiles) work.ask(prepared);
         if (CLAIMED && threadIdx.x == 0) claims.base[(group + 1) % 2] = group ? claims.ahead : index + WARPS * gridDim.x;
         __syncthreads();
         if (CLAIMED && threadIdx.x == 0) claims.ahead = WARPS * (2 * gridDim.x + atomicAdd(claims.counter, 1u));

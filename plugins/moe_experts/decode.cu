@@ -70,6 +70,7 @@ struct UpWork {
         if (a.format == NVFP4) p.scale_2 = scale_2[0], p.scale_2_up = scale_2[1];
         return p;
     }
+    DEVICE void ask(Prepared&) const {}
     DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
         int n = p.first + ((threadIdx.x & 31) >> 2);
 #pragma unroll
@@ -85,6 +86,12 @@ struct UpWork {
         }
     }
 };
+
+// experts_down may start as soon as it can choose its experts, after the router. It then takes time from experts_up's own
+// choice, which is worth it where experts_up has so few rows that it would be done before experts_down is ready.
+#ifndef EARLY_ROWS
+#define EARLY_ROWS 1
+#endif
 
 template <int SETS>
 DEVICE void up_rows(const UpArguments& a) {
@@ -104,20 +111,16 @@ DEVICE void up_rows(const UpArguments& a) {
     mark(STAGED);
     wait_for_previous();
     mark(WAITED);
-#ifdef EARLY_DOWN
-    launch_next();
-#endif
+    if (in.rows <= EARLY_ROWS) launch_next();
     Keys keys;
     if (warp < in.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);
     choose_experts(chosen, keys, in.rows);
     mark(CHOSEN);
-#ifndef EARLY_DOWN
-    launch_next();  // not before: experts_down would choose at the same time, and reads what the router wrote
-#endif
+    if (in.rows > EARLY_ROWS) launch_next();
     int tiles = chosen.count * work.tiles_of_item();
     stream.start(tiles, a.format);
     mark(ASKED);
-    multiply_tiles<SETS>(in, stream, Claims(), work, a.format, vectors, staged, exchange);
+    multiply_tiles<SETS>(in, stream, Claims(), work, a.format, vectors, staged, exchange, [] {});
     mark(ENDED);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
@@ -185,12 +188,13 @@ struct Acts {
         }
     }
 
-    // The warp's share, every eighth, of the pairs, or of the rows' shared expert.
+    // The warp's share, every eighth, of the pairs, or of the rows' shared expert, for which the last warps begin: the first
+    // choose the rows' experts.
     DEVICE void stage_all(bool routed) const {
         int first = routed ? 0 : pairs, end = routed ? pairs : pairs + a.rows, k = routed ? a.inner : a.shared_inner;
-        int scans = k > 2 * PIECE ? 2 : 0;
+        int scans = k > 2 * PIECE ? 2 : 0, warp = threadIdx.x >> 5;
 #pragma unroll 1
-        for (int pair = first + (threadIdx.x >> 5); pair < end; pair += 2 * DOWN_WARPS) {
+        for (int pair = first + (routed ? warp : DOWN_WARPS - 1 - warp); pair < end; pair += 2 * DOWN_WARPS) {
             int both[2] = {pair, pair + DOWN_WARPS < end ? pair + DOWN_WARPS : pair};
             uint32_t largest[2] = {};
 #pragma unroll 1
@@ -232,6 +236,7 @@ DEVICE void down_rows(const DownArguments& a) {
     int next_item = -1, next_at = (shared_warp - DOWN_WARPS) * PASS, next_step = DOWN_WARPS * PASS, next_end = shared_end;
     int next_format = a.shared.format, items = 0, filled = 0;
     auto advance = [&] {
+        if (next_item >= items) return;
         next_at += next_step;
         if (next_at < next_end) return;
         next_item = next_item < 0 ? warp : next_item + DOWN_WARPS;

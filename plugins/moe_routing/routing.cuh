@@ -90,15 +90,13 @@ struct Keys {
     }
     // The softmax of the best.
     DEVICE void weigh(float* weights) const {
-        float weight[TOP_K], total = 0.f;
+        int lane = threadIdx.x & 31;
+        uint32_t own = best[0];
 #pragma unroll
-        for (int j = 0; j < TOP_K; j++) {
-            weight[j] = expf(from_ordered(best[j]) - from_ordered(best[0]));
-            total += weight[j];
-        }
-#pragma unroll
-        for (int j = 0; j < TOP_K; j++)
-            if ((threadIdx.x & 31) == j) weights[j] = weight[j] / total;
+        for (int j = 1; j < TOP_K; j++) own = lane == j ? best[j] : own;
+        float weight = lane < TOP_K ? __expf(from_ordered(own) - from_ordered(best[0])) : 0.f;
+        float total = warp_sum(weight);
+        if (lane < TOP_K) weights[lane] = __fdividef(weight, total);
     }
 };
 
