@@ -30,29 +30,18 @@ DEVICE LaneWeights load_lane(const float* conv_weight, const float* A_log, const
     return weights;
 }
 
-// What a lane reads of a position's row and the rows before it, the oldest first.
-struct Window {
+// A warp turns the ring's row of one position into a slot of shared memory.
+DEVICE void prepare_row(float4* slot, const float* ring, int position, const LaneWeights& weights) {
+    const int lane = threadIdx.x % 32;
     float4 q[CONV_KERNEL], k[CONV_KERNEL];
     float v[CONV_KERNEL];
-    // Those from position `from` on, before `to`.
-    DEVICE void load(const float* ring, int position, const LaneWeights& weights, int from, int to) {
 #pragma unroll
-        for (int i = 0; i < CONV_KERNEL; ++i) {
-            const int at = position - (CONV_KERNEL - 1) + i;
-            if (at < from || at >= to) continue;
-            const float* row = ring_row(ring, at);
-            q[i] = load4(row, weights.q_channel, weights.has_key);
-            k[i] = load4(row, KEY_WIDTH + weights.q_channel, weights.has_key);
-            v[i] = row ? row[weights.v_channel] : 0.f;
-        }
+    for (int i = 0; i < CONV_KERNEL; ++i) {
+        const float* row = ring_row(ring, position - (CONV_KERNEL - 1) + i);
+        q[i] = load4(row, weights.q_channel, weights.has_key);
+        k[i] = load4(row, KEY_WIDTH + weights.q_channel, weights.has_key);
+        v[i] = row ? row[weights.v_channel] : 0.f;
     }
-};
-
-// A warp turns the ring's row of one position into a slot of shared memory.
-DEVICE void prepare_row(float4* slot, const float* ring, int position, const LaneWeights& weights, const Window& window) {
-    const int lane = threadIdx.x % 32;
-    const auto &q = window.q, &k = window.k;
-    const auto& v = window.v;
     const float* row = ring_row(ring, position);
     const float b = row[B_OFFSET + weights.head], a = row[A_OFFSET + weights.head];
     const Gates gates = gates_of(b, a, weights.A_log, weights.dt_bias);
@@ -96,15 +85,9 @@ KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
     float state[VALUES];
 #pragma unroll 1
     for (int phase = first_phase; phase < 2; ++phase) {
+        if (phase) mark(ASKED), wait_for_previous(), mark(WAITED);
         const int count = phase ? rows : pending, first = phase ? start : start - pending;
-        for (int row = warp; row < count || row == warp; row += WARPS) {
-            Window window;
-            if (row < count) window.load(ring, first + row, weights, first + row - CONV_KERNEL, start);
-            if (phase && row == warp) mark(ASKED), wait_for_previous(), mark(WAITED);
-            if (row >= count) break;
-            window.load(ring, first + row, weights, start, first + row + 1);
-            prepare_row(slots[row], ring, first + row, weights, window);
-        }
+        for (int row = warp; row < count; row += WARPS) prepare_row(slots[row], ring, first + row, weights);
         if (phase && warp < rows) own_z = __ldcg(ring_row(ring, start + warp) + Z_OFFSET + own_place);
         if (phase == first_phase) copy_wait<0>();
         __syncthreads();

@@ -102,12 +102,8 @@ struct LinearWork {
             p.scale_2 = *s.scale_2;
             if (s.epilogue == SWIGLU) p.scale_2_up = *s.scale_2_up;
         }
-        return p;
-    }
-    DEVICE void ask(Prepared& p) const {
-        const Segment& s = a.segments.segment[p.segment];
         if (s.ring_mask) p.position = __ldcg(a.input.position);
-        if (s.epilogue != ADD) return;
+        if (s.epilogue != ADD) return p;
         int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3, from = a.residual_row ? __ldcg(a.residual_row) : 0;
 #pragma unroll
         for (int i = 0; i < 2 * SETS; i++) {
@@ -115,6 +111,7 @@ struct LinearWork {
             if (row < a.input.rows && n < s.n)
                 p.residual[i] = __ldcg(a.residual + (int64_t)(from + row) * s.out_stride + n);
         }
+        return p;
     }
     DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
         const Segment& s = a.segments.segment[p.segment];
@@ -193,14 +190,13 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     stream.start(part.tiles, part.format);
     NormWeight weight;
     weight.load(in, share_of(in.k, threadIdx.x / 32));
-    multiply_tiles<SETS>(in, stream, claims, work, part.format, vectors, staged, exchange, [&] {
-        mark(ASKED);
-        wait_for_previous();
-        mark(WAITED);
-        if (in.late) launch_next();
-        stage(vectors, staged, in, weight, part.format);
-        mark(STAGED);
-    });
+    mark(ASKED);
+    wait_for_previous();
+    mark(WAITED);
+    if (in.late) launch_next();
+    stage(vectors, staged, in, weight, part.format);
+    mark(STAGED);
+    multiply_tiles<SETS>(in, stream, claims, work, part.format, vectors, staged, exchange);
     if (BEST) join_best(*b, best, in.rows);
     mark(ENDED);
     if (!a.normed || blockIdx.x) return;

@@ -11,6 +11,7 @@ constexpr int RESIDENT = 2;  // blocks on a multiprocessor: this kernel's and th
 constexpr int WARPS = 8;
 constexpr int SHARES = WARPS;  // of k
 constexpr int THREADS = 32 * WARPS;
+constexpr int PACE = 2;     // passes asked for together: more would delay what the kernel before still has to load
 constexpr int PIECE = 256;  // k that a warp stages at a time: eight values a lane
 
 struct Input {
@@ -77,24 +78,43 @@ DEVICE void find_head_factors(float* factors, const Input& in) {
     __syncthreads();
 }
 
-// Two pieces of the warp's share together: of row `first` and the next one or, with `pair`, both of row `first`; with hardly a
-// branch, as this is between a kernel's start and its products, and once: what all kernels of a layer execute is to stay in
-// the instruction cache. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is applied to the
-// product. A row past the last is that one once more. For shares of more pieces `scan` is 1, then 2: find the scale, from
-// one pair of pieces to the next; split by it.
+// Which two pieces of its share a warp stages together: of `row` and the next one, which past the last is that one once more,
+// or, with `pair`, both of `row`. For shares of more pieces `scan` is 1, then 2: find the scale, from one pair of pieces to
+// the next; split by it.
+struct Turn {
+    int row, piece, scan;
+    bool pair;
+    DEVICE void advance(int pieces) {
+        piece += 2;
+        if (piece < pieces) return;
+        piece = 0;
+        if (scan == 1) scan = 2;
+        else row += pair ? 1 : 2, scan = pieces > 2 ? 1 : 0;
+    }
+    DEVICE int row_of(int i, const Input& in) const { return pair ? row : min(row + i, in.rows - 1); }
+    DEVICE int place_of(int i, Share share) const {
+        return share.begin + (piece + (pair ? i : 0)) * PIECE + (threadIdx.x & 31) * 8;
+    }
+    DEVICE void load(float (&x)[2][8], const Input& in, Share share) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            load_eight(x[i], in.x + (int64_t)row_of(i, in) * in.x_stride + min(place_of(i, share), in.k - 8));
+    }
+};
+
+// With hardly a branch, as this is between a kernel's start and its products, and once: what all kernels of a layer execute
+// is to stay in the instruction cache. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
+// applied to the product.
 DEVICE void stage_pieces(uint8_t* vectors, Staged& staged, const Input& in, Share share, const NormWeight& weight,
-                         int format, int first, bool pair, int piece, int scan) {
+                         int format, const Turn& turn, float (&x)[2][8]) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
-    bool ragged = (piece + 1 + pair) * PIECE > share.end - share.begin;
-    float x[2][8], squares[2];
+    int first = turn.row, piece = turn.piece, scan = turn.scan;
+    bool pair = turn.pair, ragged = (piece + 1 + pair) * PIECE > share.end - share.begin;
+    float squares[2];
     uint32_t largest[2];
     int row[2], at[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        row[i] = pair ? first : min(first + i, in.rows - 1);
-        at[i] = share.begin + (piece + (pair ? i : 0)) * PIECE + lane * 8;
-        load_eight(x[i], in.x + (int64_t)row[i] * in.x_stride + min(at[i], in.k - 8));
-    }
+    for (int i = 0; i < 2; i++) row[i] = turn.row_of(i, in), at[i] = turn.place_of(i, share);
     if (in.head_squares && first == 0 && piece == 0 && scan != 2) find_head_factors(staged.factors, in);
     if (ragged) {
 #pragma unroll
@@ -153,24 +173,30 @@ DEVICE void stage_pieces(uint8_t* vectors, Staged& staged, const Input& in, Shar
     }
 }
 
-// The warp's share of all rows.
+// The warp's share of all rows; what is next is on its way meanwhile.
 DEVICE void stage(uint8_t* vectors, Staged& staged, const Input& in, const NormWeight& weight, int format) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Share share = share_of(in.k, warp);
-    int pieces = (share.end - share.begin + PIECE - 1) / PIECE, scan = pieces > 2 ? 1 : 0, piece = 0, row = 0;
-    if (!pieces && in.head_squares) find_head_factors(staged.factors, in);
-    if (!pieces && lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
+    int pieces = (share.end - share.begin + PIECE - 1) / PIECE;
+    if (!pieces) {
+        if (in.head_squares) find_head_factors(staged.factors, in);
+        if (lane < MAX_ROWS) staged.squares[lane][warp] = 0.f, staged.largest[warp][lane] = 0;
+        return;
+    }
+    Turn turn = {0, 0, pieces > 2 ? 1 : 0, pieces > 1};
+    float x[2][8];
+    turn.load(x, in, share);
 #pragma unroll 1
-    while (pieces && row < in.rows) {
-        stage_pieces(vectors, staged, in, share, weight, format, row, pieces > 1, piece, scan);
-        piece += 2;
-        if (piece < pieces) {
-            __syncwarp();
-        } else {
-            piece = 0;
-            if (scan == 1) scan = 2, __syncwarp();
-            else row += pieces > 1 ? 1 : 2, scan = pieces > 2 ? 1 : 0;
-        }
+    while (turn.row < in.rows) {
+        Turn next = turn;
+        float following[2][8];
+        next.advance(pieces);
+        if (next.row < in.rows) next.load(following, in, share);
+        stage_pieces(vectors, staged, in, share, weight, format, turn, x);
+        __syncwarp();
+        turn = next;
+#pragma unroll
+        for (int i = 0; i < 16; i++) x[i / 8][i % 8] = following[i / 8][i % 8];
     }
 }
 
@@ -223,6 +249,7 @@ struct Stream {
 #pragma unroll 1
         for (int slot = 0; slot < depth; slot++) {
             if (slot) advance();
+            if (slot >= PACE) copy_wait<PACE - 1>();
             put(slot, format);
         }
     }
@@ -275,13 +302,13 @@ DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work, CLAIMED>
 }
 
 // Multiplies the block's tiles. A Work also has
-//   prepare(index): what finish will need of weights; ask(prepared): of what the previous kernel wrote;
+//   prepare(index): what finish will need;
 //   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
 // Warps finish a tile each, eight at a time. exchange: [tile, share, row, TILE] floats, for eight tiles or as many as there
-// are. begin: called once, between them: to wait for the previous kernel and stage the rows, if that is not done.
-template <int SETS, typename Work, bool CLAIMED, typename Begin>
+// are. Called with the rows staged.
+template <int SETS, typename Work, bool CLAIMED>
 DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, Claims claims, const Work& work, int format,
-                           const uint8_t* vectors, const Staged& staged, float* exchange, const Begin& begin) {
+                           const uint8_t* vectors, const Staged& staged, float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, columns[SETS], slot = 0;
     float unscale[SETS];
 #pragma unroll
@@ -294,8 +321,6 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, Claim
         int mine = index + warp * stream.grid;
         typename Work::Prepared prepared = {};
         if (mine < stream.tiles) prepared = work.prepare(mine);
-        if (index == stream.first) begin();
-        if (mine < stream.tiles) work.ask(prepared);
         if (CLAIMED && threadIdx.x == 0) claims.base[(group + 1) % 2] = group ? claims.ahead : index + WARPS * gridDim.x;
         __syncthreads();
         if (CLAIMED && threadIdx.x == 0) claims.ahead = WARPS * (2 * gridDim.x + atomicAdd(claims.counter, 1u));

@@ -70,7 +70,6 @@ struct UpWork {
         if (a.format == NVFP4) p.scale_2 = scale_2[0], p.scale_2_up = scale_2[1];
         return p;
     }
-    DEVICE void ask(Prepared&) const {}
     DEVICE void finish(const Prepared& p, const Staged& staged, const float (&value)[2 * SETS]) const {
         int n = p.first + ((threadIdx.x & 31) >> 2);
 #pragma unroll
@@ -89,9 +88,7 @@ struct UpWork {
 
 // experts_down may start as soon as it can choose its experts, after the router. It then takes time from experts_up's own
 // choice, which is worth it where experts_up has so few rows that it would be done before experts_down is ready.
-#ifndef EARLY_ROWS
-#define EARLY_ROWS 1
-#endif
+constexpr int EARLY_ROWS = 1;
 
 template <int SETS>
 DEVICE void up_rows(const UpArguments& a) {
@@ -120,7 +117,7 @@ DEVICE void up_rows(const UpArguments& a) {
     int tiles = chosen.count * work.tiles_of_item();
     stream.start(tiles, a.format);
     mark(ASKED);
-    multiply_tiles<SETS>(in, stream, Claims(), work, a.format, vectors, staged, exchange, [] {});
+    multiply_tiles<SETS>(in, stream, Claims(), work, a.format, vectors, staged, exchange);
     mark(ENDED);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }
