@@ -150,56 +150,60 @@ struct Acts {
     float* unscale;
     int pairs, stride, shared_stride;
 
-    // As stage_pieces: two pairs together, 512 values of each from `from` on.
-    DEVICE void stage(const int (&pair)[2], uint32_t (&largest)[2], bool routed, int from, int scan) const {
-        int lane = threadIdx.x & 31, k = routed ? a.inner : a.shared_inner, format = routed ? a.format : a.shared.format;
-        const float* x = routed ? a.act : a.shared_act - (int64_t)pairs * k;
-        uint8_t* first = routed ? vectors : vectors + pairs * (stride - shared_stride);
-        float v[2][2][8];
+    // As stage's Turn: 512 values of a pair from `from` on.
+    struct Turn {
+        int pair, from, scan;
+    };
+    DEVICE void load(float (&v)[2][8], const Turn& turn, bool routed, int k) const {
+        const float* x = (routed ? a.act : a.shared_act - (int64_t)pairs * k) + (int64_t)turn.pair * k;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            load_eight(v[i / 2][i % 2], x + (int64_t)pair[i / 2] * k + min(from + i % 2 * PIECE + lane * 8, k - 8));
+        for (int h = 0; h < 2; h++)
+            load_eight(v[h], x + min(turn.from + h * PIECE + (int)(threadIdx.x & 31) * 8, k - 8));
+    }
+    DEVICE void stage(const Turn& turn, float (&v)[2][8], uint32_t& largest, bool routed, int k) const {
+        int lane = threadIdx.x & 31, format = routed ? a.format : a.shared.format, from = turn.from;
+        if (from + 2 * PIECE > k) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (from + 2 * PIECE > k) {
-#pragma unroll
-                for (int j = 0; j < 16; j++)
-                    if (from + j / 8 * PIECE + lane * 8 >= k) v[i][j / 8][j % 8] = 0.f;
-            }
-            float most = 0.f;
-#pragma unroll
-            for (int j = 0; j < 16; j++) most = fmaxf(most, fabsf(v[i][j / 8][j % 8]));
-            largest[i] = max(largest[i], __reduce_max_sync(ALL_LANES, __float_as_uint(most)));
+            for (int j = 0; j < 16; j++)
+                if (from + j / 8 * PIECE + lane * 8 >= k) v[j / 8][j % 8] = 0.f;
         }
-        if (scan == 1) return;
+        float most = 0.f;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint8_t* vector = first + pair[i] * (routed ? stride : shared_stride);
-            float scale = scale_of(largest[i], format);
+        for (int j = 0; j < 16; j++) most = fmaxf(most, fabsf(v[j / 8][j % 8]));
+        largest = max(largest, __reduce_max_sync(ALL_LANES, __float_as_uint(most)));
+        if (turn.scan == 1) return;
+        uint8_t* vector = vectors + (routed ? turn.pair * stride : pairs * stride + (turn.pair - pairs) * shared_stride);
+        float scale = scale_of(largest, format);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int at = from + h * PIECE + lane * 8;
-                if (at < k) split_eight(vector + chunk_place(at / 8), vector_bytes(k), v[i][h], scale, format);
-            }
-            if (lane == 0) unscale[pair[i]] = unscale_of(largest[i], format);
+        for (int h = 0; h < 2; h++) {
+            int at = from + h * PIECE + lane * 8;
+            if (at < k) split_eight(vector + chunk_place(at / 8), vector_bytes(k), v[h], scale, format);
         }
+        if (lane == 0) unscale[turn.pair] = unscale_of(largest, format);
     }
 
     // The warp's share, every eighth, of the pairs, or of the rows' shared expert, for which the last warps begin: the first
     // choose the rows' experts.
     DEVICE void stage_all(bool routed) const {
-        int first = routed ? 0 : pairs, end = routed ? pairs : pairs + a.rows, k = routed ? a.inner : a.shared_inner;
-        int scans = k > 2 * PIECE ? 2 : 0, warp = threadIdx.x >> 5;
+        int end = routed ? pairs : pairs + a.rows, k = routed ? a.inner : a.shared_inner;
+        int scan = k > 2 * PIECE ? 1 : 0, warp = threadIdx.x >> 5;
+        Turn turn = {routed ? warp : pairs + DOWN_WARPS - 1 - warp, 0, scan};
+        float v[2][8], following[2][8];
+        uint32_t largest = 0;
+        if (turn.pair < end) load(v, turn, routed, k);
 #pragma unroll 1
-        for (int pair = first + (routed ? warp : DOWN_WARPS - 1 - warp); pair < end; pair += 2 * DOWN_WARPS) {
-            int both[2] = {pair, pair + DOWN_WARPS < end ? pair + DOWN_WARPS : pair};
-            uint32_t largest[2] = {};
-#pragma unroll 1
-            for (int scan = min(scans, 1), from = 0; scan <= scans;) {
-                stage(both, largest, routed, from, scan);
-                from += 2 * PIECE;
-                if (from >= k) from = 0, scan++;
+        while (turn.pair < end) {
+            Turn next = {turn.pair, turn.from + 2 * PIECE, turn.scan};
+            if (next.from >= k) {
+                next.from = 0, next.scan = turn.scan == 1 ? 2 : scan;
+                if (turn.scan != 1) next.pair += DOWN_WARPS;
             }
+            if (next.pair < end) load(following, next, routed, k);
+            stage(turn, v, largest, routed, k);
+            if (next.pair != turn.pair) largest = 0;
+            turn = next;
+#pragma unroll
+            for (int i = 0; i < 16; i++) v[i / 8][i % 8] = following[i / 8][i % 8];
         }
     }
 };
