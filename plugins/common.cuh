@@ -21,11 +21,11 @@ typedef long int64_t;
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
 // ---- programmatic dependent launch -------------------------------------------------------------------------------
-// Every kernel calls wait_for_previous() in every thread before it reads what an earlier kernel of the round wrote or
-// writes anything. launch_next() lets the next kernel's blocks start where there is room. Most kernels call it first;
-// in every layer one or two late kernels (router and experts_up, or a dense MLP's first product), and others where
-// nothing is gained, call it after the wait. When a kernel starts, all those before the last late one have completed, that one perhaps not: what
-// they wrote, and the weights, may be read before the wait.
+// Every kernel calls wait_for_previous() in every thread before it reads what an earlier kernel of the round wrote, or
+// writes what one reads. launch_next() lets the next kernel's blocks start where there is room. Most kernels call it
+// first; in every layer one or two late kernels (router and experts_up, or a dense MLP's first product), and others where
+// nothing is gained, call it after the wait. When a kernel starts, all those before the last late one have completed,
+// that one perhaps not: what they wrote, and the weights, may be read before the wait, and what only they read written.
 
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

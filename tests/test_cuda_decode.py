@@ -59,8 +59,8 @@ def segment(matrix: Matrix, out: torch.Tensor, up: Matrix | None = None, **field
     return Segment(weight=weight, scale=scale, scale_2=scale_2, format=matrix.format, **fields)
 
 
-def kernels(backend: Backend, shared_limit: int = SHARED) -> LinearDecode:
-    return LinearDecode(backend.module(linear.SOURCE, {}), MULTIPROCESSORS, shared_limit)
+def kernels(backend: Backend, shared_limit: int = SHARED, multiprocessors: int = MULTIPROCESSORS) -> LinearDecode:
+    return LinearDecode(backend.module(linear.SOURCE, {}), multiprocessors, shared_limit)
 
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor, rtol: float = RTOL, least: Any = 0.0) -> None:
@@ -197,16 +197,18 @@ def test_the_norm_per_head_in_front(backend: Backend, heads: int, dim: int) -> N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("format", ["nvfp4", "float"])
-@pytest.mark.parametrize("n", [5, 333])
-def test_the_largest_output_of_a_row(backend: Backend, format: str, n: int) -> None:
-    """The first of equals, as torch.argmax of the very outputs; a row that is not finite is token 0 and an error."""
+@pytest.mark.parametrize(("n", "multiprocessors"), [(5, 3), (333, 3), (1999, 1)])
+def test_the_largest_output_of_a_row(backend: Backend, format: str, n: int, multiprocessors: int) -> None:
+    """The first of equals, as torch.argmax of the very outputs; a row that is not finite is token 0 and an error.
+
+    1999 outputs are 16 groups of tiles: two blocks claim most of them."""
     k, rows = 64, int(torch.randint(1, 9, ()))
     matrix, x = Matrix(backend, format, n, k), torch.randn(rows, k)
     weight = matrix.tensors[0]
     weight[n // 2] = weight[0]
     if format == "nvfp4":
         matrix.tensors[1][n // 2] = matrix.tensors[1][0]
-    kernel = kernels(backend)
+    kernel = kernels(backend, multiprocessors=multiprocessors)
     scratch = backend.tensor(torch.zeros(rows * (sampling.ROW_BYTES + 8 * n), dtype=torch.uint8))
 
     def run(x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], int]:
@@ -223,6 +225,7 @@ def test_the_largest_output_of_a_row(backend: Backend, format: str, n: int) -> N
         out, tokens, error = run(x)
         assert_close(out, x.double() @ matrix.exact.index_copy(0, torch.tensor([n // 2]), matrix.exact[:1]).T)
         assert all(torch.equal(t.long(), out.argmax(-1)) for t in tokens) and not error
+        assert not scratch[: sampling.ROW_BYTES].any()
     x[0, 3] = float("nan")
     _, tokens, error = run(x)
     assert tokens[0][0] == 0 and error

@@ -114,7 +114,7 @@ class GatedDeltaNet:
         not yet divided by the root mean square of its head; squares float32 [rows, Hv, head_parts], whose sums over
         the last dimension are the sums of squares that go into that. Kernels launched since the last late one
         (common.cuh) may write the rows' slots of the ring, but neither the scalars `position` (of row 0) and `commit`
-        (int32, 0..8) nor the state nor an older row. room: see LinearDecode.linear."""
+        (int32, 0..8) nor an older row, and may not touch the state. room: see LinearDecode.linear."""
         assert 0 <= rows <= MAX_ROWS
         given = (memory.ring, *weights[:3], memory.recurrent_state, position, commit, weights.norm_weight)
         args = [*map(c_void_p, given), c_int(rows), c_void_p(y), c_void_p(squares)]

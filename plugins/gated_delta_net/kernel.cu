@@ -53,8 +53,8 @@ DEVICE void prepare_row(float4* slot, const float* ring, int position, const Lan
 
 // Applies the `commit` pending rows to the state, writes it, and runs `rows` (0..8) rows from `position` on top.
 // Grid (Dv / COLUMNS, Hv). Kernels since the last late one (common.cuh) may write the ring's rows from `position` on, but
-// neither scalar, nor the state or older rows: the pending rows are applied before the wait. One body serves both
-// phases, hence the same bits.
+// neither scalar nor older rows, and may not touch the state: the pending rows are applied, and the state is written,
+// before the wait. One body serves both phases, hence the same bits.
 KERNEL __launch_bounds__(THREADS, 2) gdn_decode(
     const float* ring,         // [RING, ROW_STRIDE]
     const float* conv_weight,  // [C, 4]

@@ -197,9 +197,10 @@ class LinearDecode:
         its rows. room: bytes of shared memory that the kernel's only block on a multiprocessor takes at least; 0: two
         blocks, for very many tiles."""
         assert 1 <= given.rows <= MAX_ROWS
+        assert not best or (len(segments) == 1 and not room)
         segments = sorted(segments, key=lambda segment: int(segment.format))
         most = self.multiprocessors * (1 if room else 2)
-        if best:  # whose blocks take eight tiles at a time
+        if best:  # whose blocks take eight tiles at a time, more than a warp has passes under way
             most = min(most, -(-segments[0].tiles // WARPS))
         parts = parts_of(segments, most)
         arguments = LinearArguments(Segments.of(segments), input=given)
@@ -211,7 +212,6 @@ class LinearDecode:
             part.depth = arguments.input.depth(int(part.format))
             arguments.parts[i] = part
         blocks = self.multiprocessors if room else sum(part.blocks for part in parts)
-        assert not best or (len(segments) == 1 and not room)  # every block has tiles of it
         sets = "4" if given.rows <= SET_ROWS else "8"
         kernel = self.module.kernel(f"linear_best_{sets}" if best else f"linear_{sets}")
         all_arguments = [arguments, best] if best else [arguments]

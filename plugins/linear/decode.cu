@@ -186,7 +186,8 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     int block = blockIdx.x - part.first_block;
     const Claims claims = {BEST ? &row_at(b->scratch, b->vocab, 0).claimed : nullptr, base};
-    Stream<Work, BEST> stream(work, in, part.format, part.depth, BEST ? block * WARPS : block, work.apart(), base, shared_memory);
+    Stream<Work, BEST> stream(work, in, part.format, part.depth, BEST ? block * WARPS : block, work.apart(), base,
+                              shared_memory);
     stream.start(part.tiles, part.format);
     NormWeight weight;
     weight.load(in, share_of(in.k, threadIdx.x / 32));

@@ -11,7 +11,7 @@ constexpr int RESIDENT = 2;  // blocks on a multiprocessor: this kernel's and th
 constexpr int WARPS = 8;
 constexpr int SHARES = WARPS;  // of k
 constexpr int THREADS = 32 * WARPS;
-constexpr int PACE = 2;     // passes asked for together: more would delay what the kernel before still has to load
+constexpr int PACE = 2;     // passes asked for together at first: more would delay what this and other kernels load
 constexpr int PIECE = 256;  // k that a warp stages at a time: eight values a lane
 
 struct Input {
@@ -78,9 +78,9 @@ DEVICE void find_head_factors(float* factors, const Input& in) {
     __syncthreads();
 }
 
-// Which two pieces of its share a warp stages together: of `row` and the next one, which past the last is that one once more,
-// or, with `pair`, both of `row`. For shares of more pieces `scan` is 1, then 2: find the scale, from one pair of pieces to
-// the next; split by it.
+// Which two pieces of its share a warp stages together: of `row` and the next one, which past the last is that one once
+// more, or, with `pair`, both of `row`. For shares of more pieces `scan` is 1, then 2: find the scale, from one pair of
+// pieces to the next; split by it.
 struct Turn {
     int row, piece, scan;
     bool pair;
@@ -102,9 +102,9 @@ struct Turn {
     }
 };
 
-// With hardly a branch, as this is between a kernel's start and its products, and once: what all kernels of a layer execute
-// is to stay in the instruction cache. With a norm in front, x * (1 + weight), and the squares of x: the row's factor is
-// applied to the product.
+// With hardly a branch, as this is between a kernel's start and its products, and once: what all kernels of a layer
+// execute is to stay in the instruction cache. With a norm in front, x * (1 + weight), and the squares of x: the row's
+// factor is applied to the product.
 DEVICE void stage_pieces(uint8_t* vectors, Staged& staged, const Input& in, Share share, const NormWeight& weight,
                          int format, const Turn& turn, float (&x)[2][8]) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, stride = vector_bytes(in.k);
@@ -209,16 +209,17 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 
 // ---- tiles -------------------------------------------------------------------------------------------------------
 
-// Which tiles are a block's: every `grid`-th from `first` on; or, with CLAIMED, groups of eight as blocks get to them, where
-// so much is read that the faster blocks would long be done. The first two groups are the block's own.
+// Which tiles are a block's: every `grid`-th from `first` on; or, with CLAIMED, groups of eight as blocks get to them,
+// where so much is read that the faster blocks would long be done. The first two groups are the block's own.
 struct Claims {
     uint32_t* counter;  // zero before the launch
     int* base;          // shared: [2], the first tile of group number 2i, 2i + 1
     int ahead;          // of thread 0: of the group after the next
 };
 
-// A warp's weights on their way: its share of the block's tiles, in passes. A Work has a Place, of a tile: place(index); open(place, tile), which finds the tile; advance(place, tile, any), `grid` on, where
-// past the last one (any is false) it may find anything.
+// A warp's weights on their way: its share of the block's tiles, in passes. A Work has a Place, of a tile: place(index);
+// open(place, tile), which finds the tile; advance(place, tile, any), `grid` on, where past the last one (any is false) it
+// may find anything.
 template <typename Work, bool CLAIMED>
 struct Stream {
     const Work& work;
@@ -233,10 +234,10 @@ struct Stream {
     typename Work::Place place;
     Tile tile;
 
-    DEVICE Stream(const Work& work, const Input& in, int format, int depth, int first, int grid, const int* base,
+    DEVICE Stream(const Work& work, const Input& in, int format, int passes, int first, int grid, const int* base,
                   uint4* memory)
-        : work(work), policy(evict_first()), depth(in_register(depth)), first(first), grid(grid), next(first), base(base),
-          member(0), group(0), place(work.place(first)) {
+        : work(work), policy(evict_first()), depth(in_register(passes)), first(first), grid(grid), next(first),
+          base(base), member(0), group(0), place(work.place(first)) {
         Share share = share_of(in.k, threadIdx.x >> 5);
         slot_size = format == NVFP4 ? sizeof(Slot) : sizeof(Slot::codes);
         slots = (uint8_t*)memory + (threadIdx.x >> 5) * depth * slot_size;
@@ -304,8 +305,8 @@ DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work, CLAIMED>
 // Multiplies the block's tiles. A Work also has
 //   prepare(index): what finish will need;
 //   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
-// Warps finish a tile each, eight at a time. exchange: [tile, share, row, TILE] floats, for eight tiles or as many as there
-// are. Called with the rows staged.
+// Warps finish a tile each, eight at a time. exchange: [tile, share, row, TILE] floats, for eight tiles or as many as
+// there are. Called with the rows staged.
 template <int SETS, typename Work, bool CLAIMED>
 DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, Claims claims, const Work& work, int format,
                            const uint8_t* vectors, const Staged& staged, float* exchange) {
@@ -317,19 +318,19 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, Claim
         columns[s] = (2 * (row < in.rows ? row : 0) + (lane >> 2 & 1)) * vector_bytes(in.k);
     }
 #pragma unroll 1
-    for (int index = stream.first, group = 0; index < stream.tiles;) {
+    for (int index = stream.first, following, group = 0; index < stream.tiles; index = following, group++) {
         int mine = index + warp * stream.grid;
         typename Work::Prepared prepared = {};
         if (mine < stream.tiles) prepared = work.prepare(mine);
-        if (CLAIMED && threadIdx.x == 0) claims.base[(group + 1) % 2] = group ? claims.ahead : index + WARPS * gridDim.x;
+        bool claiming = CLAIMED && threadIdx.x == 0;
+        if (claiming) claims.base[(group + 1) % 2] = group ? claims.ahead : index + WARPS * gridDim.x;
         __syncthreads();
-        if (CLAIMED && threadIdx.x == 0) claims.ahead = WARPS * (2 * gridDim.x + atomicAdd(claims.counter, 1u));
-        index = CLAIMED ? claims.base[++group % 2] : index + WARPS * stream.grid;
+        if (claiming) claims.ahead = WARPS * (2 * gridDim.x + atomicAdd(claims.counter, 1u));
+        following = CLAIMED ? claims.base[(group + 1) % 2] : index + WARPS * stream.grid;
 #pragma unroll
         for (int s = 0; s < SETS; s++) unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], format);
         with_format(format, [&](auto constant) {
-            multiply_group<SETS, constant.value>(mine - warp * stream.grid, slot, in.rows, stream, vectors, columns, unscale,
-                                                 exchange);
+            multiply_group<SETS, constant.value>(index, slot, in.rows, stream, vectors, columns, unscale, exchange);
         });
         mark(MULTIPLIED);
         __syncthreads();

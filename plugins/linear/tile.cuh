@@ -10,9 +10,6 @@
 #pragma once
 #include "segment.cuh"
 
-#ifndef STEPS_UNROLLED
-#define STEPS_UNROLLED 2
-#endif
 constexpr int TILE = 16;      // weight rows
 constexpr int MAX_ROWS = 8;   // activation rows
 constexpr int SET_ROWS = 4;   // activation rows of one product
@@ -190,7 +187,7 @@ template <int SETS, int FORMAT>
 DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin, int end, const uint8_t* memory,
                           const int (&columns)[SETS]) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-#pragma unroll STEPS_UNROLLED
+#pragma unroll
     for (int step = 0; step < PASS / STEP; step++) {
         int place = (4 * step + t) ^ (g & 1) * 4, offset = at + step * STEP + t * 16;
         if (offset >= end) offset = begin;  // zeros times anything finite
@@ -234,8 +231,8 @@ DEVICE void multiply_pass(Sums<SETS>& sums, const Slot& slot, int at, int begin,
 #pragma unroll
             for (int set = 0; set < SETS; set++) {
                 uint4 x = fragment<FORMAT>(memory + columns[set], offset, 0);
-                mma_bf16(sums.c[set][STEPS_UNROLLED == 1 ? 0 : 2 * step], a, x.x, x.y);
-                mma_bf16(sums.c[set][STEPS_UNROLLED == 1 ? 1 : 2 * step + 1], b, x.z, x.w);
+                mma_bf16(sums.c[set][2 * step], a, x.x, x.y);
+                mma_bf16(sums.c[set][2 * step + 1], b, x.z, x.w);
             }
         }
     }

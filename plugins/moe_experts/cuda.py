@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS = 8
 PASS_BYTES = DOWN_WARPS * SLOT
 UP_STATIC, DOWN_STATIC = STATIC + 1344, 10368  # bytes of shared memory that the kernels declare, and 4 for each expert
-MAX_DOWN_DEPTH = 6  # passes that a warp has under way
+MAX_DOWN_DEPTH = 4  # passes that a warp has under way
 UP_DEPTH = 2  # likewise: more come no sooner, and later the first ones
 MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 

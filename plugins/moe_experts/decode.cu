@@ -33,7 +33,7 @@ struct UpWork {
     const UpArguments& a;
     const Chosen& chosen;
 
-    DEVICE int tiles_of_item() const { return (a.inner + 7) >> 3; }
+    DEVICE int tiles_of_item() const { return a.inner >> 3; }
     DEVICE ActPlace act_place(int index) const {
         int tiles = tiles_of_item(), item = index / tiles;
         return {item, index - item * tiles};
@@ -257,7 +257,6 @@ DEVICE void down_rows(const DownArguments& a) {
     if (warp < a.rows) keys.load(a.router_logits + warp * NUM_EXPERTS);  // before experts_up, see common.cuh
     int tile_row = threadIdx.x % TILE, row = threadIdx.x / TILE, n = first + tile_row;
     float gate = 0.f, residual = 0.f, shared_scale = 1.f;
-    if (row < a.rows) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
     if (a.shared.format != BF16) shared_scale = *a.shared.scale_2;
     auto scale_2_of = [&](int item) {
         return item >= items || a.format == BF16 ? 1.f : a.scale_2[chosen.expert[item]];
@@ -289,6 +288,7 @@ DEVICE void down_rows(const DownArguments& a) {
             }
         } else {
             mark(STAGED);
+            if (row < a.rows) gate = __ldcg(a.shared_gate + row), residual = __ldcg(a.x + (int64_t)row * a.hidden + n);
             __syncthreads();
         }
         int from = routed ? 0 : shared_warp * PASS, stop = routed ? end : shared_end, step = routed ? PASS : DOWN_WARPS * PASS;
