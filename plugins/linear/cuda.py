@@ -212,6 +212,7 @@ class LinearDecode:
             part.depth = arguments.input.depth(int(part.format))
             arguments.parts[i] = part
         blocks = self.multiprocessors if room else sum(part.blocks for part in parts)
+        assert len(parts) <= self.multiprocessors or not room  # a block for each format
         sets = "4" if given.rows <= SET_ROWS else "8"
         kernel = self.module.kernel(f"linear_best_{sets}" if best else f"linear_{sets}")
         all_arguments = [arguments, best] if best else [arguments]
