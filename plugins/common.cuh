@@ -177,9 +177,6 @@ DEVICE uint4 load_weights(const void* address) {
     return v;
 }
 
-// The same value in all lanes, kept in a register: a kernel's argument would be read again, and waited for, at every use.
-DEVICE int in_register(int value) { return __shfl_sync(ALL_LANES, value, 0); }
-
 DEVICE uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
 
 DEVICE void copy_async16(void* shared, const void* global, bool valid) {

@@ -234,9 +234,9 @@ struct Stream {
     typename Work::Place place;
     Tile tile;
 
-    DEVICE Stream(const Work& work, const Input& in, int format, int passes, int first, int grid, const int* base,
+    DEVICE Stream(const Work& work, const Input& in, int format, int depth, int first, int grid, const int* base,
                   uint4* memory)
-        : work(work), policy(evict_first()), depth(in_register(passes)), first(first), grid(grid), next(first),
+        : work(work), policy(evict_first()), depth(depth), first(first), grid(grid), next(first),
           base(base), member(0), group(0), place(work.place(first)) {
         Share share = share_of(in.k, threadIdx.x >> 5);
         slot_size = format == NVFP4 ? sizeof(Slot) : sizeof(Slot::codes);

@@ -222,7 +222,7 @@ DEVICE void down_rows(const DownArguments& a) {
     launch_next();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, first = blockIdx.x * TILE;
     int pairs = a.rows * TOP_K, stride = 2 * vector_bytes(a.inner), shared_stride = 2 * vector_bytes(a.shared_inner);
-    const int depth = in_register(a.depth);
+    const int depth = a.depth;
     Slot* slots = (Slot*)shared_memory + warp * depth;
     uint8_t* vectors = (uint8_t*)((Slot*)shared_memory + DOWN_WARPS * depth);
     const Acts acts = {a, vectors, unscale, pairs, stride, shared_stride};
