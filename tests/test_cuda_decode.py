@@ -252,7 +252,7 @@ class Mixture:
         ]
         self.norm = torch.randn(h)
 
-    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, x: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
         """-> x with the experts added, router logits."""
         b, rows, h = self.backend, len(x), self.hidden
         out, norm_weight = b.tensor(x), b.tensor(self.norm)
@@ -270,7 +270,9 @@ class Mixture:
         launcher = ExpertsDecode(module, MULTIPROCESSORS, SHARED, self.experts, self.top_k)
         pointers = [t.data_ptr() for t in self.gate_up] + [None] * (3 - len(self.gate_up))
         launcher.up(
-            UpArguments(given, logits.data_ptr(), *pointers, act.data_ptr(), self.down.format, self.inner), b.stream
+            UpArguments(given, logits.data_ptr(), *pointers, act.data_ptr(), self.down.format, self.inner),
+            b.stream,
+            room=room,
         )
         launcher.down(
             DownArguments(
@@ -288,6 +290,7 @@ class Mixture:
                 rows,
             ),
             b.stream,
+            room=room,
         )
         b.sync()
         return out.cpu(), logits.cpu()
@@ -310,11 +313,12 @@ class Mixture:
 @pytest.mark.parametrize(("format", "shared"), [("nvfp4", "nvfp4"), ("nvfp4", "fp8"), ("float", "float")])
 @pytest.mark.parametrize(("inner", "shared_inner"), [(64, 64), (320, 1152), (640, 448)])
 def test_a_mixture_of_experts(backend: Backend, format: str, shared: str, inner: int, shared_inner: int) -> None:
+    """A room of 100 KB lets experts_down's warps have two to four passes under way."""
     mixture = Mixture(backend, format, shared, inner, shared_inner)
     x = torch.randn(8, mixture.hidden)
     x[3] = x[1]  # two rows with the same experts
     for rows in (1, 2, 5, 8):
-        out, logits = mixture.run(x[:rows])
+        out, logits = mixture.run(x[:rows], room=100 << 10)
         assert_close(logits, norm(x[:rows], mixture.norm, 1e-6) @ mixture.router.exact.T)
         assert_close(out, mixture.expected(x[:rows], logits), 1e-4)  # two products, one after the other
         if rows == 1:
