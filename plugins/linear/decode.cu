@@ -186,7 +186,7 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     int block = blockIdx.x - part.first_block;
     const Claims claims = {BEST ? &row_at(b->scratch, b->vocab, 0).claimed : nullptr, base};
-    Stream<Work, BEST> stream(work, in, part.format, part.depth, BEST ? block * WARPS : block, work.apart(), base,
+    Stream<Work, BEST> stream(work, in, part.format, part.depth, BEST ? block * WARPS : block, work.apart(), claims,
                               shared_memory);
     stream.start(part.tiles, part.format);
     NormWeight weight;
@@ -197,7 +197,7 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     if (in.late) launch_next();
     stage(vectors, staged, in, weight, part.format);
     mark(STAGED);
-    multiply_tiles<SETS>(in, stream, claims, work, part.format, vectors, staged, exchange);
+    multiply_tiles<SETS>(in, stream, work, part.format, vectors, staged, exchange);
     if (BEST) join_best(*b, best, in.rows);
     mark(ENDED);
     if (!a.normed || blockIdx.x) return;

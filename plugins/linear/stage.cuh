@@ -214,12 +214,11 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 struct Claims {
     uint32_t* counter;  // zero before the launch
     int* base;          // shared: [2], the first tile of group number 2i, 2i + 1
-    int ahead;          // of thread 0: of the group after the next
 };
 
 // A warp's weights on their way: its share of the block's tiles, in passes. A Work has a Place, of a tile: place(index);
-// open(place, tile), which finds the tile; advance(place, tile, any), `grid` on, where past the last one (any is false) it
-// may find anything.
+// open(place, tile), which finds the tile; advance(place, tile, any), `grid` on, where past the last one (any is false)
+// it may find anything.
 template <typename Work, bool CLAIMED>
 struct Stream {
     const Work& work;
@@ -229,15 +228,15 @@ struct Stream {
     int begin, end;  // of the warp's share, in bytes of a weight row
     int first, tiles, grid;
     int next, at;  // of the last pass asked for
-    const int* base;  // of Claims
+    const Claims claims;
     int member, group;
     typename Work::Place place;
     Tile tile;
 
-    DEVICE Stream(const Work& work, const Input& in, int format, int depth, int first, int grid, const int* base,
+    DEVICE Stream(const Work& work, const Input& in, int format, int depth, int first, int grid, const Claims& claims,
                   uint4* memory)
-        : work(work), policy(evict_first()), depth(depth), first(first), grid(grid), next(first),
-          base(base), member(0), group(0), place(work.place(first)) {
+        : work(work), policy(evict_first()), depth(depth), first(first), grid(grid), next(first), claims(claims),
+          member(0), group(0), place(work.place(first)) {
         Share share = share_of(in.k, threadIdx.x >> 5);
         slot_size = format == NVFP4 ? sizeof(Slot) : sizeof(Slot::codes);
         slots = (uint8_t*)memory + (threadIdx.x >> 5) * depth * slot_size;
@@ -260,7 +259,7 @@ struct Stream {
         if (at < end) return;
         at = begin;
         if (CLAIMED && ++member == WARPS) {
-            member = 0, next = base[++group % 2], place = work.place(next);
+            member = 0, next = claims.base[++group % 2], place = work.place(next);
             if (next < tiles) work.open(place, tile);
             return;
         }
@@ -308,9 +307,11 @@ DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work, CLAIMED>
 // Warps finish a tile each, eight at a time. exchange: [tile, share, row, TILE] floats, for eight tiles or as many as
 // there are. Called with the rows staged.
 template <int SETS, typename Work, bool CLAIMED>
-DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, Claims claims, const Work& work, int format,
+DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, const Work& work, int format,
                            const uint8_t* vectors, const Staged& staged, float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, columns[SETS], slot = 0;
+    int* base = stream.claims.base;
+    int ahead = 0;  // of thread 0: the first tile of the group after the next
     float unscale[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
@@ -323,10 +324,10 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, Claim
         typename Work::Prepared prepared = {};
         if (mine < stream.tiles) prepared = work.prepare(mine);
         bool claiming = CLAIMED && threadIdx.x == 0;
-        if (claiming) claims.base[(group + 1) % 2] = group ? claims.ahead : index + WARPS * gridDim.x;
+        if (claiming) base[(group + 1) % 2] = group ? ahead : index + WARPS * gridDim.x;
         __syncthreads();
-        if (claiming) claims.ahead = WARPS * (2 * gridDim.x + atomicAdd(claims.counter, 1u));
-        following = CLAIMED ? claims.base[(group + 1) % 2] : index + WARPS * stream.grid;
+        if (claiming) ahead = WARPS * (2 * gridDim.x + atomicAdd(stream.claims.counter, 1u));
+        following = CLAIMED ? base[(group + 1) % 2] : index + WARPS * stream.grid;
 #pragma unroll
         for (int s = 0; s < SETS; s++) unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], format);
         with_format(format, [&](auto constant) {

@@ -6,14 +6,14 @@ from ctypes import Structure, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
-from plugins.linear.cuda import MAX_EXPERTS, SET_ROWS, SLOT, STATIC, TILE, WARPS, Input, Segment, row_bytes
+from plugins.linear.cuda import MAX_DEPTH, MAX_EXPERTS, SET_ROWS, SLOT, STATIC, TILE, WARPS, Input, Segment, row_bytes
 
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS = 8
+ACT_ROWS = TILE // 2  # of the gate's rows, and of the up projection's, in a tile
 PASS_BYTES = DOWN_WARPS * SLOT
 UP_STATIC, DOWN_STATIC = STATIC + 1344, 10368  # bytes of shared memory that the kernels declare, and 4 for each expert
-MAX_DOWN_DEPTH = 4  # passes that a warp has under way
-UP_DEPTH = 2  # likewise: more come no sooner, and later the first ones
+UP_DEPTH = 2  # passes that a warp has under way, at most: more come no sooner, and later the first ones
 MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 
 
@@ -63,8 +63,9 @@ class ExpertsDecode:
 
     def up(self, arguments: UpArguments, stream: int, room: int = 0) -> None:
         """room: see LinearDecode.linear."""
+        assert arguments.inner % ACT_ROWS == 0
         given = arguments.input
-        most = min(int(given.rows) * self.top_k, self.num_experts) * -(-arguments.inner // 8)
+        most = min(int(given.rows) * self.top_k, self.num_experts) * (arguments.inner // ACT_ROWS)
         own, blocks = max(room - self.up_static, 0), min(most, self.multiprocessors)
         shared = given.fit(-(-most // blocks), own, self.device_shared - self.up_static)
         arguments.depth = min(given.depth(int(arguments.format)), UP_DEPTH)
@@ -72,14 +73,15 @@ class ExpertsDecode:
         kernel.launch((blocks, 1, 1), (32 * WARPS, 1, 1), [arguments], stream, shared=shared)
 
     def down(self, arguments: DownArguments, stream: int, room: int = 0) -> None:
+        assert arguments.hidden % TILE == 0
         rows = int(arguments.rows)
         staged = self.staged_bytes(rows, int(arguments.inner), int(arguments.shared_inner))
         own = max(room - self.down_static, 0)
-        depth = min(max((own - staged) // PASS_BYTES, 2), MAX_DOWN_DEPTH)
+        depth = min(max((own - staged) // PASS_BYTES, 2), MAX_DEPTH)
         arguments.depth = min(depth, (self.device_shared - self.down_static - staged) // PASS_BYTES)
         shared = max(staged + int(arguments.depth) * PASS_BYTES, own)
         kernel = self.module.kernel("experts_down_4" if rows <= SET_ROWS else "experts_down_8")
-        kernel.launch((-(-arguments.hidden // TILE), 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=shared)
+        kernel.launch((arguments.hidden // TILE, 1, 1), (32 * DOWN_WARPS, 1, 1), [arguments], stream, shared=shared)
 
     def staged_bytes(self, rows: int, inner: int, shared_inner: int) -> int:
         """Shared memory of `down` for what its rows' experts made; passes of its warps come on top."""

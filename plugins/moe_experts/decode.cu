@@ -39,28 +39,26 @@ struct UpWork {
         return {item, index - item * tiles};
     }
     struct Place {
-        int item, index;
-        int item_step, index_step;  // to the next one of the block
-        Tile first;                 // of expert 0
-        uint32_t bytes, scales;     // of a row
+        ActPlace at, step;       // step: to the next one of the block
+        Tile first;              // of expert 0
+        uint32_t bytes, scales;  // of a row
     };
     DEVICE Place place(int index) const {
-        ActPlace own = act_place(index), step = act_place(gridDim.x);
-        return {own.item, own.index, step.item, step.index,
+        return {act_place(index), act_place(gridDim.x),
                 make_whole_tile(a.weight, a.scale, 0, a.inner, a.input.k, a.format),
                 (uint32_t)bytes_of(a.input.k, a.format), (uint32_t)a.input.k >> 4};
     }
     DEVICE void open(const Place& p, Tile& tile) const {
-        uint32_t row = chosen.expert[min(p.item, MAX_ITEMS - 1)] * 2 * a.inner + p.index * 8;
+        uint32_t row = chosen.expert[min(p.at.item, MAX_ITEMS - 1)] * 2 * a.inner + p.at.index * 8;
         uint64_t offset = (uint64_t)row * p.bytes;
         tile = p.first;
         tile.low += offset, tile.high += offset, tile.scale += (uint64_t)row * p.scales;
     }
     DEVICE void advance(Place& p, Tile& tile, bool) const {
         int tiles = tiles_of_item();
-        p.item += p.item_step, p.index += p.index_step;
-        bool over = p.index >= tiles;
-        p.item += over, p.index -= over ? tiles : 0;
+        p.at.item += p.step.item, p.at.index += p.step.index;
+        bool over = p.at.index >= tiles;
+        p.at.item += over, p.at.index -= over ? tiles : 0;
         open(p, tile);
     }
     DEVICE Prepared prepare(int index) const {
@@ -103,7 +101,7 @@ DEVICE void up_rows(const UpArguments& a) {
     int warp = threadIdx.x >> 5;
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));
-    Stream<UpWork<SETS>, false> stream(work, in, a.format, a.depth, blockIdx.x, gridDim.x, nullptr, shared_memory);
+    Stream<UpWork<SETS>, false> stream(work, in, a.format, a.depth, blockIdx.x, gridDim.x, Claims(), shared_memory);
     stage(vectors, staged, in, weight, a.format);  // while the router works, see common.cuh
     mark(STAGED);
     wait_for_previous();
@@ -117,7 +115,7 @@ DEVICE void up_rows(const UpArguments& a) {
     int tiles = chosen.count * work.tiles_of_item();
     stream.start(tiles, a.format);
     mark(ASKED);
-    multiply_tiles<SETS>(in, stream, Claims(), work, a.format, vectors, staged, exchange);
+    multiply_tiles<SETS>(in, stream, work, a.format, vectors, staged, exchange);
     mark(ENDED);
 }
 KERNEL __launch_bounds__(THREADS, RESIDENT) experts_up_4(const __grid_constant__ UpArguments a) { up_rows<1>(a); }

@@ -73,7 +73,8 @@ DEVICE void pick_among_equals(uint32_t (&keys)[KEYS], int* ids, uint32_t (&best)
     }
 }
 
-// A lane's logits of a row as keys of the same order; 0 is below every number. best: the chosen ones, in every lane.
+// A lane's logits of a row, as loaded (nothing waits for them yet), then as keys of the same order, 0 being below every
+// number. best: the chosen keys, in every lane.
 struct Keys {
     float logit[KEYS];
     uint32_t key[KEYS], best[TOP_K];
