@@ -28,7 +28,7 @@ from plugins.gated_attention import inverse_frequencies
 from plugins.gated_delta_net import cuda as gdn
 from plugins.kernels import Module, cached_kernels
 from plugins.linear import cuda as linear
-from plugins.linear.cuda import ADD, FORMATS, MAX_ROWS, SWIGLU, Input, Segment
+from plugins.linear.cuda import ADD, FORMATS, MAX_ROWS, SWIGLU, Ahead, Input, Segment
 from plugins.moe_experts import cuda as experts
 from plugins.sampling import cuda as sampling_cuda
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from runtime.sampling import SamplingConfig
 
 LEAST_CAPABILITY = (8, 0)
+AHEAD = 6  # of the second-level cache, what a launch fetches ahead
 SPARE_SHARED = 4 << 10  # bytes of a multiprocessor's shared memory outside the two rooms
 DRAFT_HEAD = "mtp.draft_head"  # the quantized copy of a bfloat16 lm_head
 
@@ -58,6 +59,7 @@ class Gpu:
     arch: str
     multiprocessors: int
     shared_bytes: int  # that one block may have
+    cache_bytes: int  # second-level
 
     @property
     def rooms(self) -> tuple[int, int]:
@@ -81,7 +83,8 @@ class Gpu:
         if (major, minor) < LEAST_CAPABILITY:
             raise UserError(f"this GPU has compute capability {major}.{minor}; the cuda target needs 8.0 or later")
         properties: Any = torch.cuda.get_device_properties()
-        return cls(f"sm_{major}{minor}", properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        p = properties
+        return cls(f"sm_{major}{minor}", p.multi_processor_count, p.shared_memory_per_block_optin, p.L2_cache_size)
 
 
 class Sample(NamedTuple):
@@ -302,17 +305,36 @@ class CudaModel:
             self.store(f"{mlp}.shared_expert_gate", b.shared_gate),
         ]
         given.late = True  # experts_up reads x before it waits
-        self.launch("router, shared up", self.linear.linear, given, segments, room=second)
+        ahead = self.ahead(name)
+        self.launch("router, shared up", self.linear.linear, given, segments, room=second, ahead=ahead[0])
         format = FORMATS[self.weights.format_of(f"{mlp}.experts")]
         up, out = (self.expert_weights(f"{mlp}.experts.{part}_proj", format) for part in ("gate_up", "down"))
         act, inner = b.act.data_ptr(), c.moe_intermediate_size
         logits = b.router_logits.data_ptr()
-        arguments_up = experts.UpArguments(given, logits, *up, act, format, inner)
+        arguments_up = experts.UpArguments(given, logits, *up, act, format, inner, ahead=ahead[1])
         self.launch("experts up", self.experts.up, arguments_up, room=first)
         arguments = experts.DownArguments(logits, *out, act, down, b.shared_act.data_ptr(), b.shared_gate.data_ptr())
         arguments.x, arguments.format, arguments.inner, arguments.rows = x.data_ptr(), format, inner, rows
         arguments.shared_inner, arguments.hidden = c.shared_expert_intermediate_size, c.hidden_size
         self.launch("experts down", self.experts.down, arguments, room=second)
+
+    def ahead(self, name: str) -> tuple[Ahead, Ahead]:
+        """What a layer's router and experts_up, which leave memory idle, fetch of the weights that are next."""
+        prefix, index = name.rsplit(".", 1)
+        following, skip = int(index) + 1, 0
+        if prefix == "mtp.layers":
+            names = [self.draft_head]
+        elif following == self.config.num_hidden_layers:
+            names = [self.head]
+        else:
+            full = self.config.layer_types[following] == FULL
+            parts = "self_attn.q self_attn.k self_attn.v" if full else "linear_attn.in_proj_qkv linear_attn.in_proj_z"
+            names = [f"layers.{following}.{part}{'_proj' * full}" for part in parts.split()]
+            skip = self.linear.under_way  # blocks fetch this themselves, before they wait
+        weights = [self.weights.tensors[f"{name}.weight"] for name in names]
+        regions = [(weight.data_ptr(), weight.nbytes) for weight in weights]
+        size = self.gpu.cache_bytes // AHEAD
+        return Ahead.of(regions, skip, size), Ahead.of(regions, skip + size, size)
 
     def expert_weights(self, name: str, format: int) -> list[int | None]:
         names = [f"{name}.{part}" for part in ("weight", "weight_scale", "weight_scale_2")]

@@ -123,6 +123,13 @@ DEVICE uint32_t e4m3x2_to_half2(uint16_t bytes) {
 #endif
 }
 
+// Bits of `a` where the mask has ones, of `b` elsewhere, in one instruction.
+DEVICE uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+    uint32_t bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(bits) : "r"(mask), "r"(a), "r"(b));
+    return bits;
+}
+
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
 DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
@@ -199,6 +206,20 @@ DEVICE void copy_weights16(void* shared, const void* global, bool valid, uint64_
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(valid ? 16 : 0), "l"(policy));
 }
+// Memory that a later launch will read: to the second-level cache, while nothing else keeps memory busy.
+struct Ahead {
+    const uint8_t* start[4];
+    int bytes[4];
+};
+DEVICE void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory"); }
+DEVICE void fetch_ahead(const Ahead& ahead) {
+    constexpr int LINE = 128;
+#pragma unroll 1
+    for (int i = 0; i < 4; i++)
+        for (int at = (blockIdx.x * blockDim.x + threadIdx.x) * LINE; at < ahead.bytes[i]; at += gridDim.x * blockDim.x * LINE)
+            prefetch_line(ahead.start[i] + at);
+}
+
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }

@@ -4,9 +4,9 @@
     kernel.launch((grid, 1, 1), (256, 1, 1), [c_void_p(x), c_int(rows)], stream=0, shared=4096)
 
 `launch` raises EmulatorError for a deadlock, an access to memory that is not there, a write past the dynamic shared
-memory, a thread without wait_for_previous(). Shared memory starts as NaN in every block. Blocks run one after another,
-so a kernel whose blocks wait for each other does not end; the rounding of __expf and of the tensor cores is not the
-GPU's to the last bit.
+memory, a block whose threads do not all call wait_for_previous(), or a launch of which none does. Shared memory starts
+as NaN in every block. Blocks run one after another, so a kernel whose blocks wait for each other does not end; the
+rounding of __expf and of the tensor cores is not the GPU's to the last bit.
 """
 
 from __future__ import annotations

@@ -172,7 +172,12 @@ KERNEL lane_missed(float* y) {
     if (threadIdx.x != 5) y[threadIdx.x] = warp_sum(1.f);
 }
 
-KERNEL no_wait() {}
+KERNEL no_wait() { launch_next(); }
+
+KERNEL waits_below(int block, int thread) {
+    launch_next();
+    if (blockIdx.x < block && threadIdx.x < thread) wait_for_previous();
+}
 
 KERNEL writes_at(float* y, int index) {
     wait_for_previous();

@@ -131,7 +131,7 @@ class Asked:
 def test_no_launch_takes_more_shared_memory_than_there_is(
     kilobytes: int, rows: int, num_experts: int, inner: int, shared_inner: int, which: int
 ) -> None:
-    room = (0, *Gpu("sm_90", 132, kilobytes << 10).rooms)[which]
+    room = (0, *Gpu("sm_90", 132, kilobytes << 10, 1 << 20).rooms)[which]
     device, inner, shared_inner = kilobytes << 10, 64 * inner, 64 * shared_inner
     layer, mixture = LinearDecode(Asked(), 132, device), ExpertsDecode(Asked(), 132, device, num_experts, 8)
     if linear.shared_bytes(rows, inner) <= layer.shared_limit:

@@ -64,7 +64,7 @@ class StepwiseDecoder(GraphDecoder):
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda_memory, "DEVICE", "cpu")
-    monkeypatch.setattr(Gpu, "current", classmethod(lambda cls: Gpu("sm_90", 3, 227 << 10)))
+    monkeypatch.setattr(Gpu, "current", classmethod(lambda cls: Gpu("sm_90", 3, 227 << 10, 1 << 20)))
     monkeypatch.setattr(CudaModel, "module", lambda self, source, macros: EmulatedModule(source, macros))
     yield
 
@@ -179,7 +179,7 @@ def test_sizes_that_kernels_cannot_take_are_refused(on_cpu: None, tmp_path: Path
 def test_rows_are_limited_by_shared_memory(on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of small blocks takes fewer drafts, says how many, and gives the same logits."""
     large = engines(tmp_path / "large", "modelopt_mixed")[1]
-    monkeypatch.setattr(Gpu, "current", classmethod(lambda cls: Gpu("sm_86", 3, 42 << 10)))
+    monkeypatch.setattr(Gpu, "current", classmethod(lambda cls: Gpu("sm_86", 3, 42 << 10, 1 << 20)))
     small = engines(tmp_path / "small", "modelopt_mixed")[1]
     assert 1 <= small.max_rows < large.max_rows
     with pytest.raises(UserError, match=f"--mtp-k {small.max_rows}.*0 to {small.max_rows - 1}"):
@@ -200,6 +200,6 @@ def test_too_many_drafts_are_refused(on_cpu: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])
 def test_two_rooms_fit_on_a_multiprocessor_and_two_large_ones_do_not(kilobytes: int) -> None:
     """Each block takes 1 KB more than it asks for."""
-    total, rooms = (kilobytes + 1) << 10, Gpu("sm_90", 3, kilobytes << 10).rooms
+    total, rooms = (kilobytes + 1) << 10, Gpu("sm_90", 3, kilobytes << 10, 1 << 20).rooms
     assert sum(rooms) + 2048 < total < 2 * (max(rooms) + 1024)
     assert max(rooms) <= kilobytes << 10

@@ -207,6 +207,15 @@ def test_every_thread_waits_for_the_previous_kernel() -> None:
     EMULATOR.module(SOURCE).kernel("no_wait").launch(ONE, WARP, [], EMULATOR.stream, programmatic=False)
 
 
+def test_a_block_may_leave_at_once_if_another_one_waits() -> None:
+    kernel = EMULATOR.module(SOURCE).kernel("waits_below")
+    kernel.launch((2, 1, 1), WARP, [c_int(1), c_int(32)], EMULATOR.stream)
+    with pytest.raises(EmulatorError, match=r"1 threads end without wait_for_previous"):
+        kernel.launch((2, 1, 1), WARP, [c_int(2), c_int(31)], EMULATOR.stream)
+    with pytest.raises(EmulatorError, match=r"no thread calls wait_for_previous"):
+        kernel.launch((2, 1, 1), WARP, [c_int(0), c_int(32)], EMULATOR.stream)
+
+
 def test_a_bad_address_is_an_error(y: torch.Tensor) -> None:
     kernel = EMULATOR.module(SOURCE).kernel("writes_at")
     with pytest.raises(EmulatorError, match=r"writes_at.*thread \(\d+, 0, 0\).*Segmentation fault"):

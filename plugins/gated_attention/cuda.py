@@ -69,6 +69,7 @@ class _DecodeArguments(Structure):
         ("rows", c_int),
         ("short_tiles", c_int),
         ("epsilon", c_float),
+        ("late", c_int),
     ]
 
 
@@ -77,7 +78,7 @@ class Decode:
 
     module: of DECODE_SOURCE, with `sizes.defines`. multiprocessors, shared_limit: of the device; bytes of dynamic
     shared memory that a block may have. No kernel launched since the last late one (common.cuh) may write the cache,
-    `position` or `query_row`: they are read while it may still run. A launch of this one ends with a late kernel.
+    `position` or `query_row`: they are read while it may still run.
     """
 
     def __init__(self, module: Any, sizes: Sizes, multiprocessors: int, shared_limit: int) -> None:
@@ -168,6 +169,7 @@ class Decode:
                 rows=count,
                 short_tiles=short,
                 epsilon=epsilon,
+                late=start + count < rows,
             )
             grid = (self._blocks(queries), self.sizes.num_kv_heads, 1)
             kernel = self.module.kernel(f"attention_decode_{queries}")

@@ -30,6 +30,7 @@ struct DecodeArguments {
     int rows;                          // new keys and values
     int short_tiles;                   // up to so many tiles the entries are tiles, else groups
     float epsilon;
+    int late;                          // attention_combine: a launch follows that reads the cache before its wait
 };
 
 DEVICE int first_position(const DecodeArguments& a) { return *a.position + a.position_offset; }
@@ -137,23 +138,21 @@ DEVICE void decode(const DecodeArguments& a) {
     int query_row = a.query_row ? *a.query_row : 0;
     int tiles = tile_count(end - 1), span = tiles <= a.short_tiles ? 1 : GROUP_TILES;
     int tile = blockIdx.x * span;
+    if (tile >= tiles) return;  // at once: its place is for the next kernels; the first block waits in any case
     auto load = [&](Which which, int next) {
         const char* rows = cache_rows(a.kv_cache, which, kv_head, a.capacity);
         if (next < tiles) load_tile(shared + which * TILE_BYTES, rows, next * TILE, first, end);
         copy_commit();
     };
     HeadRow query[L::OWN], weight;
-    if (tile < tiles) {
-        load(KEYS, tile);
-        load(VALUES, tile);
-        load_row(weight, a.q_norm);
-        for (int t = 0; t < a.rows; t++)
-            fill_turns(turns + t * HALF, a.inverse_frequencies, first + t, (threadIdx.x + t * 32) % THREADS, THREADS);
-    }
+    load(KEYS, tile);
+    load(VALUES, tile);
+    load_row(weight, a.q_norm);
+    for (int t = 0; t < a.rows; t++)
+        fill_turns(turns + t * HALF, a.inverse_frequencies, first + t, (threadIdx.x + t * 32) % THREADS, THREADS);
     mark(ASKED);
     wait_for_previous();
     mark(WAITED);
-    if (tile >= tiles) return;
     load_queries<QUERIES>(a, query, kv_head, query_row);
     __syncthreads();  // turns
     append_rows(a, shared, turns, kv_head, tile * TILE, first);
@@ -212,9 +211,10 @@ KERNEL __launch_bounds__(THREADS) attention_combine(const __grid_constant__ Deco
     const float* gates = a.q_gate + (int64_t)row * a.q_stride + (head * 2 + 1) * HEAD_DIM;
     float4 gate = make_float4(0.f, 0.f, 0.f, 0.f);
     mark_start(5, a.rows);
+    if (!a.late) launch_next();
     wait_for_previous();
     mark(WAITED);
-    launch_next();  // late: the next launch may read, before its wait, what attention_decode appended
+    if (a.late) launch_next();
     if (inside && part == 0) gate = __ldcg((const float4*)(gates + d));
     Softmax all = empty_softmax();
     float4 sums = make_float4(0.f, 0.f, 0.f, 0.f);

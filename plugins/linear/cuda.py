@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import Structure, c_float, c_int, c_void_p
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ WARPS = 8  # of a block (stage.cuh)
 PASS = 128  # bytes of a weight row that a warp fetches at a time
 SLOT = PASS * TILE + 16 * TILE  # bytes of one pass of a warp (tile.cuh), scales included
 MAX_DEPTH = 4  # passes that a warp has under way: more delay what the kernel before still needs
+CLAIM = 4  # tiles that a block of an lm_head claims at a time, at least MAX_DEPTH (stage.cuh)
 RESERVED = 1024  # bytes of shared memory that every block takes on top
 EXCHANGE = 4 * TILE * WARPS  # bytes of a row's products with a tile, by shares of k (stage.cuh)
 MAX_EXPERTS = 512
@@ -114,6 +115,22 @@ class Part(Structure):
     ]
 
 
+class Ahead(Structure):
+    """Memory that a launch fetches into the second-level cache for a later one; see common.cuh."""
+
+    _fields_ = [("start", c_void_p * MAX_SEGMENTS), ("bytes", c_int * MAX_SEGMENTS)]
+
+    @classmethod
+    def of(cls, regions: Iterable[tuple[int, int]], skip: int, size: int) -> Ahead:
+        """`size` bytes, as far as there are, after the first `skip` of the regions: up to four addresses and sizes."""
+        value = cls()
+        for i, (address, length) in enumerate(regions):
+            begin, end = (min(max(at, 0), length) for at in (skip, skip + size))
+            value.start[i], value.bytes[i] = address + begin, end - begin
+            skip -= length
+        return value
+
+
 class LinearArguments(Structure):
     _fields_ = [
         ("segments", Segments),
@@ -122,6 +139,7 @@ class LinearArguments(Structure):
         ("residual", c_void_p),
         ("residual_row", c_void_p),
         ("normed", c_void_p),
+        ("ahead", Ahead),
     ]
 
 
@@ -180,6 +198,7 @@ class LinearDecode:
 
     def __init__(self, module: Any, multiprocessors: int, device_shared: int) -> None:
         self.module, self.multiprocessors, self.shared_limit = module, multiprocessors, device_shared - STATIC
+        self.under_way = multiprocessors * WARPS * MAX_DEPTH * PASS * TILE  # bytes, of a launch in a room
 
     def linear(
         self,
@@ -191,22 +210,24 @@ class LinearDecode:
         normed: int | None = None,
         room: int = 0,
         best: BestArguments | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """Multiplies the rows with every segment. residual: what ADD adds to, read from row *residual_row on.
         normed: where the normed rows go, float32 [T, K]. best: of a single segment without a room, also the argmax of
         its rows. room: bytes of shared memory that the kernel's only block on a multiprocessor takes at least; 0: two
-        blocks, for very many tiles."""
+        blocks, for very many tiles. ahead: what it fetches for a later launch."""
         assert 1 <= given.rows <= MAX_ROWS
         assert not best or (len(segments) == 1 and not room)
         segments = sorted(segments, key=lambda segment: int(segment.format))
         most = self.multiprocessors * (1 if room else 2)
-        if best:  # whose blocks take eight tiles at a time, more than a warp has passes under way
-            most = min(most, -(-segments[0].tiles // WARPS))
+        if best:  # whose blocks take so many tiles at a time, more than a warp has passes under way
+            most = min(most, -(-segments[0].tiles // CLAIM))
         parts = parts_of(segments, most)
         arguments = LinearArguments(Segments.of(segments), input=given)
         arguments.residual, arguments.residual_row, arguments.normed = residual, residual_row, normed
+        arguments.ahead = ahead or Ahead()
         own = room - STATIC if room else (self.shared_limit - STATIC) // 2 - RESERVED
-        tiles = WARPS if best else max(-(-part.tiles // part.blocks) for part in parts)
+        tiles = CLAIM if best else max(-(-part.tiles // part.blocks) for part in parts)
         shared = arguments.input.fit(tiles, own, self.shared_limit, passes=2 if room else 1)
         for i, part in enumerate(parts):
             part.depth = arguments.input.depth(int(part.format))

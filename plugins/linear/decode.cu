@@ -23,6 +23,7 @@ struct LinearArguments {
     const float* residual;    // ADD: out = residual + product, row (t + *residual_row)
     const int* residual_row;  // null: 0
     float* normed;            // null, or the staged input in float32, [T, K]: the norm's output
+    Ahead ahead;
 };
 
 DEVICE int tile_rows(const Segment& s) { return s.epilogue == SWIGLU ? 8 : 16; }
@@ -186,11 +187,12 @@ DEVICE void linear_rows(const LinearArguments& a, const BestArguments* b) {
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     int block = blockIdx.x - part.first_block;
     const Claims claims = {BEST ? &row_at(b->scratch, b->vocab, 0).claimed : nullptr, base};
-    Stream<Work, BEST> stream(work, in, part.format, part.depth, BEST ? block * WARPS : block, work.apart(), claims,
+    Stream<Work, BEST> stream(work, in, part.format, part.depth, BEST ? block * CLAIM : block, work.apart(), claims,
                               shared_memory);
     stream.start(part.tiles, part.format);
     NormWeight weight;
     weight.load(in, share_of(in.k, threadIdx.x / 32));
+    fetch_ahead(a.ahead);
     mark(ASKED);
     wait_for_previous();
     mark(WAITED);

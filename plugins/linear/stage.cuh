@@ -11,6 +11,7 @@ constexpr int RESIDENT = 2;  // blocks on a multiprocessor: this kernel's and th
 constexpr int WARPS = 8;
 constexpr int SHARES = WARPS;  // of k
 constexpr int THREADS = 32 * WARPS;
+constexpr int CLAIM = 4;    // tiles of a group that a block claims
 constexpr int PACE = 2;     // passes asked for together at first: more would delay what this and other kernels load
 constexpr int PIECE = 256;  // k that a warp stages at a time: eight values a lane
 
@@ -167,7 +168,8 @@ DEVICE void stage_pieces(uint8_t* vectors, Staged& staged, const Input& in, Shar
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         if (lane == 0) staged.squares[row[i]][warp] = squares[i], staged.largest[warp][row[i]] = largest[i];
-        if (scan == 1 || (ragged && at[i] >= share.end)) continue;
+        bool again = i && !pair && row[1] == row[0];
+        if (scan == 1 || again || (ragged && at[i] >= share.end)) continue;
         split_eight(vectors + 2 * row[i] * stride + chunk_place(at[i] / 8), stride, x[i], scale_of(largest[i], format),
                     format);
     }
@@ -209,7 +211,7 @@ DEVICE float rms_factor(const Staged& staged, const Input& in, int row) {
 
 // ---- tiles -------------------------------------------------------------------------------------------------------
 
-// Which tiles are a block's: every `grid`-th from `first` on; or, with CLAIMED, groups of eight as blocks get to them,
+// Which tiles are a block's: every `grid`-th from `first` on; or, with CLAIMED, groups of CLAIM as blocks get to them,
 // where so much is read that the faster blocks would long be done. The first two groups are the block's own.
 struct Claims {
     uint32_t* counter;  // zero before the launch
@@ -258,7 +260,7 @@ struct Stream {
         at += PASS;
         if (at < end) return;
         at = begin;
-        if (CLAIMED && ++member == WARPS) {
+        if (CLAIMED && ++member == CLAIM) {
             member = 0, next = claims.base[++group % 2], place = work.place(next);
             if (next < tiles) work.open(place, tile);
             return;
@@ -278,7 +280,7 @@ DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work, CLAIMED>
                            const int (&columns)[SETS], const float (&unscale)[SETS], float* exchange) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
 #pragma unroll 1
-    for (int member = 0; member < WARPS && index < stream.tiles; member++, index += stream.grid) {
+    for (int member = 0; member < (CLAIMED ? CLAIM : WARPS) && index < stream.tiles; member++, index += stream.grid) {
         Sums<SETS> sums;
         sums.clear();
 #pragma unroll 1
@@ -304,7 +306,7 @@ DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work, CLAIMED>
 // Multiplies the block's tiles. A Work also has
 //   prepare(index): what finish will need;
 //   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
-// Warps finish a tile each, eight at a time. exchange: [tile, share, row, TILE] floats, for eight tiles or as many as
+// Warps finish a tile each, up to eight at a time. exchange: [tile, share, row, TILE] floats, for as many tiles or as
 // there are. Called with the rows staged.
 template <int SETS, typename Work, bool CLAIMED>
 DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, const Work& work, int format,
@@ -320,13 +322,13 @@ DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, const
     }
 #pragma unroll 1
     for (int index = stream.first, following, group = 0; index < stream.tiles; index = following, group++) {
-        int mine = index + warp * stream.grid;
+        int mine = !CLAIMED || warp < CLAIM ? index + warp * stream.grid : stream.tiles;
         typename Work::Prepared prepared = {};
         if (mine < stream.tiles) prepared = work.prepare(mine);
         bool claiming = CLAIMED && threadIdx.x == 0;
-        if (claiming) base[(group + 1) % 2] = group ? ahead : index + WARPS * gridDim.x;
+        if (claiming) base[(group + 1) % 2] = group ? ahead : index + CLAIM * gridDim.x;
         __syncthreads();
-        if (claiming) ahead = WARPS * (2 * gridDim.x + atomicAdd(stream.claims.counter, 1u));
+        if (claiming) ahead = CLAIM * (2 * gridDim.x + atomicAdd(stream.claims.counter, 1u));
         following = CLAIMED ? base[(group + 1) % 2] : index + WARPS * stream.grid;
 #pragma unroll
         for (int s = 0; s < SETS; s++) unscale[s] = unscale_of(staged.largest[warp][s * SET_ROWS + t], format);

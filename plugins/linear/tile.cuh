@@ -146,13 +146,16 @@ constexpr float NVFP4_FACTOR = 16384.f;
 // times one half of `scale`.
 template <bool HIGH>
 DEVICE void nvfp4_pairs(uint32_t (&pair)[4], uint32_t codes, uint32_t scale) {
-    uint32_t even = (codes * 16 & 0x80808080u) | (codes * 2 & 0x0e0e0e0eu);  // the high bytes of nibbles 0 2 4 6
-    uint32_t odd = (codes & 0x80808080u) | (codes >> 3 & 0x0e0e0e0eu);       // of nibbles 1 3 5 7
-    auto times = [&](uint32_t half2) { return HIGH ? mul_half2_high(half2, scale) : mul_half2_low(half2, scale); };
-    pair[0] = times(__byte_perm(even, 0, 0x2404));
-    pair[1] = times(__byte_perm(odd, 0, 0x2404));
-    pair[2] = times(even & 0xff00ff00u);
-    pair[3] = times(odd & 0xff00ff00u);
+    constexpr uint32_t SIGNS = 0x80808080u, HALVES = 0x8e008e00u;
+    uint32_t even = select_bits(SIGNS, codes * 16, codes * 2);  // the high bytes of nibbles 0 2 4 6, and bits of others
+    uint32_t odd = select_bits(SIGNS, codes, codes >> 3);       // of nibbles 1 3 5 7
+    auto times = [&](uint32_t bits) {
+        return HIGH ? mul_half2_high(bits & HALVES, scale) : mul_half2_low(bits & HALVES, scale);
+    };
+    pair[0] = times(even * 256);
+    pair[1] = times(odd * 256);
+    pair[2] = times(even);
+    pair[3] = times(odd);
 }
 
 // Four chains of sums for each four rows, so that products need not wait for each other.

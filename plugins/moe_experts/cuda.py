@@ -6,7 +6,19 @@ from ctypes import Structure, c_int, c_void_p
 from pathlib import Path
 from typing import Any
 
-from plugins.linear.cuda import MAX_DEPTH, MAX_EXPERTS, SET_ROWS, SLOT, STATIC, TILE, WARPS, Input, Segment, row_bytes
+from plugins.linear.cuda import (
+    MAX_DEPTH,
+    MAX_EXPERTS,
+    SET_ROWS,
+    SLOT,
+    STATIC,
+    TILE,
+    WARPS,
+    Ahead,
+    Input,
+    Segment,
+    row_bytes,
+)
 
 SOURCE = Path(__file__).parent / "decode.cu"
 DOWN_WARPS = 8
@@ -29,6 +41,7 @@ class UpArguments(Structure):
         ("inner", c_int),
         ("depth", c_int),
         ("padding", c_int),
+        ("ahead", Ahead),
     ]
 
 

@@ -17,6 +17,7 @@ struct UpArguments {
     int inner;  // a multiple of eight
     int depth;  // passes that a warp has under way
     int padding;
+    Ahead ahead;
 };
 
 struct PreparedAct {
@@ -98,6 +99,7 @@ DEVICE void up_rows(const UpArguments& a) {
     uint8_t* vectors = (uint8_t*)shared_memory + in.pool;
     float* exchange = (float*)(vectors + 2 * in.rows * vector_bytes(in.k));
     mark_start(1, in.rows);
+    fetch_ahead(a.ahead);
     int warp = threadIdx.x >> 5;
     NormWeight weight;
     weight.load(in, share_of(in.k, warp));

@@ -56,6 +56,8 @@ inline uint32_t e4m3x2_to_half2(uint16_t bytes) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline void prefetch_line(const void* address) { (void)*(const volatile uint8_t*)address; }
+inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (mask & a) | (~mask & b); }
 
 // ---- tensor cores: the exact sum of products, rounded once with c (the GPU rounds a little differently) ---------
 

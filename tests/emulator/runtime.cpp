@@ -63,6 +63,7 @@ Fiber fibers[MAX_THREADS];
 Fiber scheduler;
 Fiber* current;
 unsigned threads, arrivals[BARRIERS];
+unsigned waiting, waiting_blocks;  // threads of the block that have waited, and blocks
 char* stacks;
 void (*kernel)(void**);
 void** kernel_args;
@@ -125,7 +126,6 @@ void suspend() { switch_to(*current, scheduler); }
 
 void fiber_main() {
     kernel(kernel_args);
-    if (programmatic_launch && !current->waited) emulator_fail("a thread ends without wait_for_previous()");
     if (programmatic_launch && !current->launched) emulator_fail("a thread ends without launch_next()");
     current->state = State::DONE;
     suspend();
@@ -193,6 +193,7 @@ void poison_shared() {
 
 void run_block() {
     poison_shared();
+    waiting = 0;
     memset(arrivals, 0, sizeof arrivals);
     for (unsigned i = 0; i < threads; i++) {
         Fiber& fiber = fibers[i];
@@ -214,6 +215,9 @@ void run_block() {
         }
         if (!ran) abandon(where() + deadlock());
     }
+    if (programmatic_launch && waiting && waiting < threads)  // a block may leave at once, if another one waits
+        abandon(where() + ": " + std::to_string(threads - waiting) + " threads end without wait_for_previous()");
+    waiting_blocks += waiting > 0;
     for (unsigned i = 0; i < CANARY; i++)
         if (emulator_dynamic[shared_size + i] != 0xff) abandon(where() + ": a write past the dynamic shared memory");
 }
@@ -285,7 +289,10 @@ unsigned emulator_lane() { return (unsigned)(current - fibers) % 32; }
 
 void emulator_yield() { suspend(); }
 
-void emulator_wait_for_previous() { current->waited = true; }
+void emulator_wait_for_previous() {
+    if (!current->waited) waiting++;
+    current->waited = true;
+}
 
 void emulator_launch_next() { current->launched = true; }
 
@@ -393,6 +400,7 @@ __attribute__((visibility("default"))) const char* emulator_launch(
     if (!threads || threads > MAX_THREADS) return "a block of no threads, or of more than 1024";
     if (!gridDim.x || !gridDim.y || !gridDim.z) return "a grid of no blocks";
     if (shared > MAX_SHARED) return "more than 227 KB of dynamic shared memory";
+    waiting_blocks = 0;
     backward = launches & 1, late_copies = launches >> 1 & 1, launches++;
     current = &fibers[0];
     arm(true);
@@ -404,6 +412,7 @@ __attribute__((visibility("default"))) const char* emulator_launch(
             blockIdx = {(unsigned)(block % gridDim.x), (unsigned)(row % gridDim.y), (unsigned)(row / gridDim.y)};
             run_block();
         }
+        if (programmatic && !waiting_blocks) emulator_fail("no thread calls wait_for_previous()");
         failed = false;
     }
     arm(false);
