@@ -82,8 +82,7 @@ class Gpu:
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < LEAST_CAPABILITY:
             raise UserError(f"this GPU has compute capability {major}.{minor}; the cuda target needs 8.0 or later")
-        properties: Any = torch.cuda.get_device_properties()
-        p = properties
+        p: Any = torch.cuda.get_device_properties()
         return cls(f"sm_{major}{minor}", p.multi_processor_count, p.shared_memory_per_block_optin, p.L2_cache_size)
 
 

@@ -107,6 +107,23 @@ def test_a_launch_s_blocks_are_divided_by_format(sizes: list[tuple[int, int]]) -
     assert [i for part in parts for i in range(part.first_segment, part.end_segment)] == list(range(len(segments)))
 
 
+@given(
+    st.lists(st.integers(0, 1000), min_size=1, max_size=4),
+    st.integers(0, 3000),
+    st.integers(0, 1500),
+    st.integers(1, 3),
+)
+def test_what_is_fetched_ahead(lengths: list[int], skip: int, size: int, launches: int) -> None:
+    """Launches that share regions fetch each byte after the first `skip` once, in order, and none beyond."""
+    regions = [(10_000 * i, length) for i, length in enumerate(lengths, 1)]
+    fetched = []
+    for launch in range(launches):
+        ahead = linear.Ahead.of(regions, skip + launch * size, size)
+        fetched += [start + at for start, count in zip(ahead.start, ahead.bytes, strict=True) for at in range(count)]
+    everything = [start + at for start, length in regions for at in range(length)]
+    assert fetched == everything[skip : skip + launches * size]
+
+
 class Asked:
     """A module whose kernels note the shared memory that they are launched with."""
 
@@ -201,7 +218,7 @@ def test_the_norm_per_head_in_front(backend: Backend, heads: int, dim: int) -> N
 def test_the_largest_output_of_a_row(backend: Backend, format: str, n: int, multiprocessors: int) -> None:
     """The first of equals, as torch.argmax of the very outputs; a row that is not finite is token 0 and an error.
 
-    1999 outputs are 16 groups of tiles: two blocks claim most of them."""
+    1999 outputs are 32 groups of tiles: two blocks claim most of them."""
     k, rows = 64, int(torch.randint(1, 9, ()))
     matrix, x = Matrix(backend, format, n, k), torch.randn(rows, k)
     weight = matrix.tensors[0]

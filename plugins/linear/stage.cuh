@@ -306,8 +306,8 @@ DEVICE void multiply_group(int index, int& slot, int rows, Stream<Work, CLAIMED>
 // Multiplies the block's tiles. A Work also has
 //   prepare(index): what finish will need;
 //   finish(prepared, staged, value): value[set][half] belongs to row 4 set + t and the tile's row g + 8 half.
-// Warps finish a tile each, up to eight at a time. exchange: [tile, share, row, TILE] floats, for as many tiles or as
-// there are. Called with the rows staged.
+// Warps finish a tile each, eight (CLAIMED: CLAIM) at a time. exchange: [tile, share, row, TILE] floats, for so many tiles
+// or as many as there are. Called with the rows staged.
 template <int SETS, typename Work, bool CLAIMED>
 DEVICE void multiply_tiles(const Input& in, Stream<Work, CLAIMED>& stream, const Work& work, int format,
                            const uint8_t* vectors, const Staged& staged, float* exchange) {
