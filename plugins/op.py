@@ -17,6 +17,8 @@ import onnx
 import torch
 from onnx import parser
 
+from plugins.launch import Launch
+
 DOMAIN = "tandem"
 OPSET = 24  # TensorScatter came with 24; ONNX Runtime's CPU provider runs it
 IMPORTS = {"": OPSET, "com.microsoft": 1}
@@ -36,6 +38,7 @@ class Op:
         they stay packed in memory and the body must touch only what it needs.
     cases: `(generator, rows) -> iterator of (inputs, attributes)`, random inputs for the tests.
     rtol: largest allowed max|out - reference| / max|reference| of any implementation in float32.
+    launch: its kernels as a plugin; ops of CPU graphs alone have none.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Op:
     attributes: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     rtol: float = 2e-6
+    launch: Launch | None = None
 
     def __call__(self, *inputs: torch.Tensor, **attributes: Any) -> Any:
         assert len(inputs) == len(self.inputs), f"{self.name} takes {self.inputs}"
