@@ -1,7 +1,8 @@
 """The `cpu` engine: the exported graphs in ONNX Runtime, every buffer bound once.
 
 KV caches are written in place; the other states alternate between two sets of buffers, so that no call reads what it
-writes. A binding is prepared once per (graph, rows, window rows, parity) and then reused.
+writes. A binding is prepared once per (graph, rows, window rows, parity) and then reused. The graphs' state may be of
+either layout (export.bindings): graphs for GPUs run here too, through their function bodies.
 
     engine = OnnxRuntimeEngine(Path("build/demo/cpu"), threads=2)
 """
@@ -16,27 +17,29 @@ import onnxruntime
 
 from engines import Floats, Tokens
 from engines.manifest import Manifest
-from export.bindings import input_specs, output_specs, sized
+from export.bindings import RING_CALL_ROWS, Spec, input_specs, output_specs, sized
 from export.errors import UserError
 
 MAX_THREADS = 1024
 
 
 class OnnxRuntimeEngine:
-    """One engine directory, loaded. threads: ONNX Runtime's intra-op threads, 0 for one per core."""
+    """One engine directory, loaded. threads: ONNX Runtime's intra-op threads, 0 for one per core. layout: of the
+    graphs' state, see export.bindings."""
 
-    def __init__(self, directory: Path, manifest: Manifest | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, directory: Path, manifest: Manifest | None = None, threads: int = 0, layout: str = "host"
+    ) -> None:
         self.manifest = manifest or Manifest.read(directory)
-        if self.manifest.target != "cpu":
+        if layout == "host" and self.manifest.target != "cpu":
             raise UserError(f"{directory}: engines for {self.manifest.target}, this runs the cpu target only")
         self.config = self.manifest.config
         if not 0 <= threads <= MAX_THREADS:
             raise UserError(f"--threads {threads}: expected 0 (one per core) to {MAX_THREADS}")
-        self.directory, self.threads = directory, threads
+        self.directory, self.threads, self.layout = directory, threads, layout
+        self.max_rows = 17 if layout == "host" else RING_CALL_ROWS
         self.sessions: dict[str, Any] = {}
         self.capacity = self.window = 0
-
-    max_rows = 17
 
     def load(self, *graphs: str) -> None:
         """Create the sessions of these graphs now rather than at their first call."""
@@ -63,10 +66,14 @@ class OnnxRuntimeEngine:
                 reason = str(error).strip().split("\n")[0]
                 raise UserError(f"{path}: ONNX Runtime cannot load it ({reason}); build the engines again") from None
             found = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
-            if found != (list(input_specs(graph, self.config)), list(output_specs(graph, self.config))):
+            if found != tuple(map(list, self._specs(graph))):
                 raise UserError(f"{path}: its inputs and outputs are not those of {graph}; build the engines again")
             self.sessions[graph] = session
         return self.sessions[graph]
+
+    def _specs(self, graph: str) -> tuple[dict[str, Spec], dict[str, Spec]]:
+        """Of the graph's inputs and outputs."""
+        return input_specs(graph, self.config, self.layout), output_specs(graph, self.config, self.layout)
 
     def start(self, capacity: int, window: int) -> None:
         self.capacity, self.window = capacity, window
@@ -76,11 +83,11 @@ class OnnxRuntimeEngine:
         self.pairs: tuple[dict[str, Floats], dict[str, Floats]] = ({}, {})  # the other states, two sets
         sizes = {"S": capacity, "W": window}
         for graph in ("main.verify", "mtp.draft") if self.manifest.has_mtp else ("main.verify",):
-            for name, (_, shape) in input_specs(graph, self.config).items():
+            for name, (dtype, shape) in self._specs(graph)[0].items():
                 if "layers." not in name:
                     continue
                 for store in (self.buffers,) if name.endswith("kv_cache") else self.pairs:
-                    store[name] = np.zeros(sized(shape, sizes), np.float32)
+                    store[name] = np.zeros(sized(shape, sizes), dtype)
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}
 
     def prefill(self, token_ids: Tokens, position: int, accepted: int) -> tuple[Floats, Floats]:
@@ -120,7 +127,7 @@ class OnnxRuntimeEngine:
 
     def _bind(self, graph: str, rows: int, window_rows: int, parity: int) -> Any:
         """A binding of every input and output of the graph to its buffer."""
-        inputs, outputs = input_specs(graph, self.config), output_specs(graph, self.config)
+        inputs, outputs = self._specs(graph)
         sizes = {"T": rows, "S": self.capacity, "W": window_rows}
         transient = {name: spec for name, spec in {**inputs, **outputs}.items() if "layers." not in name}
         buffers = self.rows.setdefault(
@@ -139,6 +146,6 @@ class OnnxRuntimeEngine:
                 else:
                     buffer = self.buffers[state] if state in self.buffers else states[state]
                 actual = sized(shape, sizes)
-                assert buffer.flags.c_contiguous and buffer.nbytes >= 4 * np.prod(actual)
+                assert buffer.flags.c_contiguous and buffer.size >= np.prod(actual)
                 bind(name, "cpu", 0, buffer.dtype.type, actual, buffer.ctypes.data)
         return binding

@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.bindings import CACHE_BLOCK, GRAPHS, input_specs
+from export.bindings import CACHE_BLOCK, GRAPHS, RING, RING_CALL_ROWS, input_specs
 from export.config import FULL, ModelConfig
 from export.weights import DTYPES
 from plugins.gated_attention import BLOCK, GATED_ATTENTION, KV_APPEND
-from plugins.gated_delta_net import GATED_DELTA_NET_PREFILL, GATED_DELTA_NET_VERIFY
+from plugins.gated_delta_net import GATED_DELTA_NET_PREFILL, GATED_DELTA_NET_VERIFY, cuda
+from plugins.gated_delta_net.ring import GATED_DELTA_NET_RING, GATED_DELTA_NET_RING_PREFILL
+from plugins.gated_delta_net.ring import STATES as RING_STATES
 from plugins.linear import FLOAT_LINEAR, FP8_LINEAR, NVFP4_LINEAR
 from plugins.moe_experts import FLOAT_MOE_EXPERTS, NVFP4_MOE_EXPERTS
 from plugins.moe_routing import MOE_ROUTING
 from plugins.rms_norm import RMS_NORM
 
 State = dict[str, Tensor]
-assert CACHE_BLOCK == BLOCK
+assert (CACHE_BLOCK, RING, RING_CALL_ROWS) == (BLOCK, cuda.RING, cuda.MAX_ROWS)
 
 
 class Weights:
@@ -100,16 +102,24 @@ class GatedDeltaNet(nn.Module):
             "epsilon": config.rms_norm_eps,
         }
 
-    def forward(self, x: Tensor, accepted: Tensor, state: list[Tensor], prefill: bool) -> tuple[Tensor, list[Tensor]]:
-        op = GATED_DELTA_NET_PREFILL if prefill else GATED_DELTA_NET_VERIFY
-        y, *next_state = op(
+    def forward(
+        self, x: Tensor, position: Tensor, accepted: Tensor, state: list[Tensor], prefill: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        inputs = [
             *(self.get_submodule(f"in_proj_{part}")(x) for part in ("qkv", "z", "b", "a")),
             *(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight),
-            accepted,
-            *state,
-            **self.attributes,
-        )
+        ]
+        if len(state) == len(RING_STATES):
+            op = GATED_DELTA_NET_RING_PREFILL if prefill else GATED_DELTA_NET_RING
+            inputs.append(position)
+        else:
+            op = GATED_DELTA_NET_PREFILL if prefill else GATED_DELTA_NET_VERIFY
+        y, *next_state = op(*inputs, accepted, *state, **self.attributes)
         return self.get_submodule("out_proj")(y), next_state
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 class Attention(nn.Module):
@@ -132,7 +142,8 @@ class Attention(nn.Module):
     def append(self, x: Tensor, position: Tensor, kv_cache: Tensor) -> Tensor:
         """The KV cache with the keys and values of x's rows."""
         k, v = self.get_submodule("k_proj")(x), self.get_submodule("v_proj")(x)
-        return KV_APPEND(k, v, self.k_norm.weight, position, kv_cache, **self.attributes)
+        attributes = {**self.attributes, "cache_dtype": dtype_name(kv_cache)}
+        return KV_APPEND(k, v, self.k_norm.weight, position, kv_cache, **attributes)
 
     def forward(self, x: Tensor, position: Tensor, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         y, kv_cache = GATED_ATTENTION(
@@ -140,6 +151,7 @@ class Attention(nn.Module):
             *(self.q_norm.weight, self.k_norm.weight, position, kv_cache),
             **self.attributes,
             num_heads=self.num_heads,
+            cache_dtype=dtype_name(kv_cache),
         )
         return self.get_submodule("o_proj")(y), kv_cache
 
@@ -190,7 +202,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Layer(nn.Module):
-    """A decoder layer. Its state: GDN's states and window, or one KV cache."""
+    """A decoder layer. Its state: GDN's states and window, GDN's state and ring, or one KV cache."""
 
     def __init__(self, config: ModelConfig, weights: Weights, name: str, kind: str) -> None:
         super().__init__()
@@ -212,7 +224,7 @@ class Layer(nn.Module):
             mixed, cache = self.self_attn(normed, position, state[0])
             next_state = [cache]
         else:
-            mixed, next_state = self.linear_attn(normed, accepted, state, prefill)
+            mixed, next_state = self.linear_attn(normed, position, accepted, state, prefill)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), next_state
 
@@ -249,7 +261,8 @@ class MtpHead(nn.Module):
 
 
 class Graph(nn.Module):
-    """The module of one of GRAPHS. Inputs and outputs: those of export.bindings, in that order."""
+    """The module behind one of GRAPHS. Inputs and outputs: those of export.bindings for this layout, in that order. The
+    modules within follow the state that they are given."""
 
     def __init__(
         self,
@@ -258,11 +271,12 @@ class Graph(nn.Module):
         tensors: Mapping[str, Any],
         formats: Mapping[str, str],
         device: str = "meta",
+        layout: str = "host",
     ) -> None:
         assert name in GRAPHS
         super().__init__()
         weights = Weights(tensors, formats, device)
-        self.graph_name, self.config = name, config
+        self.graph_name, self.config, self.layout = name, config, layout
         self.embed_tokens = Weight(weights, "embed_tokens")
         if name.startswith("main"):
             self.layers = nn.ModuleList(
@@ -275,7 +289,7 @@ class Graph(nn.Module):
             self.lm_head = Linear(weights, "lm_head")
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        named = dict(zip(input_specs(self.graph_name, self.config), inputs, strict=True))
+        named = dict(zip(input_specs(self.graph_name, self.config, self.layout), inputs, strict=True))
         embedding = torch.nn.functional.embedding(named["token_ids"], self.embed_tokens.weight).float()
         if self.graph_name.startswith("main"):
             return self._main(embedding, named)

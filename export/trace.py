@@ -44,11 +44,12 @@ def trace(
     formats: Mapping[str, str],
     weights_file: Path,
     expanded: bool,
+    layout: str = "host",
 ) -> ir.Model:
     """The ONNX model of the graph `name`; save it into the directory of `weights_file`."""
-    inputs = input_specs(name, config)
+    inputs = input_specs(name, config, layout)
     with FakeTensorMode():  # no memory behind the weights, nor behind the samples
-        graph = Graph(name, config, tensors, formats, device="cpu")
+        graph = Graph(name, config, tensors, formats, device="cpu", layout=layout)
         samples = [torch.empty(sized(shape, SAMPLE), dtype=getattr(torch, dtype)) for dtype, shape in inputs.values()]
     dims = {letter: torch.export.Dim(letter, min=1, max=2**31 - 1) for letter in SAMPLE}
     shapes = [{i: dims[d] for i, d in enumerate(shape) if isinstance(d, str)} for _, shape in inputs.values()]
@@ -59,7 +60,7 @@ def trace(
     assert program is not None
     model = program.model
     _name(model.graph.inputs, inputs)
-    _name(model.graph.outputs, output_specs(name, config))
+    _name(model.graph.outputs, output_specs(name, config, layout))
     _point_into(model.graph, graph, weights_file)
     _attach_bodies(model, expanded)
     model.graph.name = name

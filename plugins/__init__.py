@@ -2,6 +2,7 @@
 
 from plugins.gated_attention import GATED_ATTENTION, KV_APPEND
 from plugins.gated_delta_net import GATED_DELTA_NET_PREFILL, GATED_DELTA_NET_VERIFY
+from plugins.gated_delta_net.ring import GATED_DELTA_NET_RING, GATED_DELTA_NET_RING_PREFILL
 from plugins.linear import FLOAT_LINEAR, FP8_LINEAR, NVFP4_LINEAR
 from plugins.moe_experts import FLOAT_MOE_EXPERTS, NVFP4_MOE_EXPERTS
 from plugins.moe_routing import MOE_ROUTING
@@ -18,6 +19,8 @@ OPS: tuple[Op, ...] = (
     NVFP4_MOE_EXPERTS,
     GATED_DELTA_NET_VERIFY,
     GATED_DELTA_NET_PREFILL,
+    GATED_DELTA_NET_RING,
+    GATED_DELTA_NET_RING_PREFILL,
     GATED_ATTENTION,
     KV_APPEND,
 )

@@ -23,6 +23,8 @@ DOMAIN = "tandem"
 OPSET = 24  # TensorScatter came with 24; ONNX Runtime's CPU provider runs it
 IMPORTS = {"": OPSET, "com.microsoft": 1}
 
+HALF_STEP = 2.0**-10  # from one float16 to the next, relative to a value
+
 Attributes = dict[str, Any]
 Case = tuple[tuple[torch.Tensor, ...], Attributes]
 Infer = Callable[..., Sequence[tuple[torch.dtype, Sequence[Any]]]]
@@ -37,7 +39,7 @@ class Op:
         given attribute values. `expanded` says that weights will be constant-folded to float32 at load; else
         they stay packed in memory and the body must touch only what it needs.
     cases: `(generator, rows) -> iterator of (inputs, attributes)`, random inputs for the tests.
-    rtol: largest allowed max|out - reference| / max|reference| of any implementation in float32.
+    rtol: largest allowed max|out - reference| / max|reference| of any implementation in float32. See `tolerance`.
     launch: its kernels as a plugin; ops of CPU graphs alone have none.
     """
 
@@ -68,6 +70,10 @@ class Op:
             version=1,
         )
         return outputs[0] if len(self.outputs) == 1 else tuple(outputs)
+
+    def tolerance(self, outputs: Sequence[torch.Tensor]) -> float:
+        """rtol, or where an output is float16, of which a value may round to either neighbour, at least its step."""
+        return max(self.rtol, HALF_STEP) if any(out.dtype == torch.float16 for out in outputs) else self.rtol
 
     def function(self, attributes: Attributes, expanded: bool) -> onnx.FunctionProto:
         """The ONNX function, specialised to these attribute values (a model has one set per op)."""

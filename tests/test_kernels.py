@@ -9,25 +9,35 @@ import pytest
 
 from engines.cuda_memory import gdn_sizes
 from export.config import ModelConfig
+from plugins import convert
 from plugins.gated_attention import cuda as attention
+from plugins.gated_attention import launch as attention_launch
 from plugins.gated_delta_net import cuda as gdn
+from plugins.gated_delta_net import launch as gdn_launch
 from plugins.kernels import CompileError, compile_kernels
 from plugins.linear import cuda as linear
 from plugins.linear import prefill as linear_prefill
 from plugins.moe_experts import cuda as experts
+from plugins.moe_experts import launch as experts_launch
 from plugins.moe_experts import prefill as experts_prefill
+from plugins.moe_routing import launch as routing_launch
+from plugins.rms_norm import launch as rms_norm_launch
 from plugins.sampling import cuda as sampling_cuda
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {"35b": ROOT / "demo/qwen3.6-35b-a3b.json", "demo": ROOT / "demo/checkpoint"}
-EXPERTS = (linear.SOURCE, linear_prefill.SOURCE, experts.SOURCE, experts_prefill.SOURCE)
+EXPERTS = (linear.SOURCE, linear_prefill.SOURCE, experts.SOURCE, experts_prefill.SOURCE, routing_launch.SOURCE)
 ATTENTION = (attention.DECODE_SOURCE, attention.PREFILL_SOURCE)
-SOURCES = (*EXPERTS, *ATTENTION, gdn.SOURCE, sampling_cuda.SOURCE)
+LAUNCHES = (attention_launch.SOURCE, gdn_launch.LAUNCH_SOURCE, experts_launch.SOURCE, rms_norm_launch.SOURCE)
+OF_ANY_SIZE = (convert.SOURCE, *LAUNCHES)
+SOURCES = (*EXPERTS, *ATTENTION, *OF_ANY_SIZE, gdn.SOURCE, sampling_cuda.SOURCE)
 
 
 def macros(source: Path, config: ModelConfig, fp8_cache: bool = False) -> dict[str, int | str]:
     if source in EXPERTS:
         return {"NUM_EXPERTS": config.num_experts, "TOP_K": config.num_experts_per_tok}
+    if source in OF_ANY_SIZE:
+        return {}
     if source in ATTENTION:
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rotary_dim
         return attention.Sizes(*heads, fp8_cache).defines

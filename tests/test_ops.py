@@ -20,6 +20,7 @@ ONNX_DTYPES = {
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
     torch.uint8: TensorProto.UINT8,
+    torch.int32: TensorProto.INT32,
     torch.int64: TensorProto.INT64,
 }
 
@@ -86,8 +87,8 @@ def test_function_body_equals_reference(op: Op, rows: int, expanded: bool) -> No
             if dtype == torch.int64:
                 np.testing.assert_array_equal(got, want.numpy())
                 continue
-            error = np.abs(got - want.numpy()).max() / max(np.abs(want.numpy()).max(), 1e-6)
-            assert error <= op.rtol, f"{op.name}.{name}: relative error {error:.2e} with {attributes}"
+            error = np.abs(got.astype(np.float32) - want.float().numpy()).max() / max(np.abs(want.numpy()).max(), 1e-6)
+            assert error <= op.tolerance(expected), f"{op.name}.{name}: relative error {error:.2e} with {attributes}"
 
 
 STATELESS = [op for op in OPS if op.inputs[0] == "x"]  # every input but the weights has a row per token

@@ -8,7 +8,8 @@ cache before anybody reads it, and it sees the slots up to its own, so what reje
 read. `KvAppend` is the same without the queries: what the MTP head needs of a prompt.
 
 Shapes: q_gate [T, Hq 2D] (per head: D of q, D of gate), k and v [T, Hkv D], q_norm and k_norm [D] (zero-centred),
-position int64 [1], kv_cache [2, Hkv, S, D] (keys, then values), S a multiple of 64, y [T, Hq D]. Float32.
+position int64 or int32 [1], kv_cache [2, Hkv, S, D] (keys, then values), S a multiple of 64, y [T, Hq D]. Float32; with
+the `cache_dtype` "float16" keys and values are clamped to its range and rounded when they are appended to the cache.
 A row's bits do not depend on T: the rows of a KV head's queries go through one product, which takes another kernel for
 a single row only, so where a head has one query a row is added.
 """
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 
 from plugins import rms_norm
-from plugins.op import Attributes, Case, Op, floats, ints, number, padded
+from plugins.gated_attention.launch import GATED_ATTENTION_LAUNCH, KV_APPEND_LAUNCH
+from plugins.op import Attributes, Case, Op, floats, ints, number, padded, scalar
 
 BLOCK = 64  # attention reads the cache in whole blocks: adding masked slots in blocks leaves every sum's bits alone
-ATTRIBUTES = ("num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta", "epsilon")
+LARGEST_HALF = 65504.0  # float16
+ATTRIBUTES = ("num_heads", "num_kv_heads", "head_dim", "rotary_dim", "rope_theta", "epsilon", "cache_dtype")
 
 
 def inverse_frequencies(rotary_dim: int, rope_theta: float) -> torch.Tensor:
@@ -50,6 +53,8 @@ def append_reference(
     keys = rms_norm.reference(k.unflatten(-1, (heads, -1)), k_norm, epsilon=attributes["epsilon"])
     keys = rotate(keys, position, attributes["rotary_dim"], attributes["rope_theta"])
     rows = torch.stack([keys, v.unflatten(-1, (heads, -1))]).transpose(1, 2)  # [2, Hkv, T, D]
+    if kv_cache.dtype == torch.float16:  # as `cache_dtype` says
+        rows = rows.clamp(-LARGEST_HALF, LARGEST_HALF).half()
     start = int(position)
     return torch.cat([kv_cache[:, :, :start], rows, kv_cache[:, :, start + len(k) :]], dim=2)
 
@@ -70,7 +75,7 @@ def attention_reference(
     q = rms_norm.reference(q, q_norm, epsilon=attributes["epsilon"])
     q = rotate(q, position, attributes["rotary_dim"], attributes["rope_theta"])
     slots = int(position) + rows
-    keys, values = kv_cache[:, :, :slots].repeat_interleave(heads // attributes["num_kv_heads"], dim=1)
+    keys, values = kv_cache[:, :, :slots].to(q.dtype).repeat_interleave(heads // attributes["num_kv_heads"], dim=1)
     scores = torch.einsum("thd,hsd->ths", q, keys) * dim**-0.5
     hidden = torch.arange(slots)[None] > (position + torch.arange(rows))[:, None]  # [T, S]
     weights = scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
@@ -78,7 +83,7 @@ def attention_reference(
 
 
 def infer_append(*inputs: torch.Tensor, **_: Any) -> list[tuple[torch.dtype, list[Any]]]:
-    return [(torch.float32, list(inputs[-1].shape))]
+    return [(inputs[-1].dtype, list(inputs[-1].shape))]
 
 
 def infer_attention(q_gate: torch.Tensor, *inputs: torch.Tensor, **_: Any) -> list[tuple[torch.dtype, list[Any]]]:
@@ -96,7 +101,8 @@ def append_body(attributes: Attributes) -> str:
         rows = Shape <end = 1> (k)
         row_count = Squeeze (rows, zero)
         row = Range (scalar_zero, row_count, scalar_one)
-        row_position = Add (row, position)
+        start = Cast <to = 7> (position)
+        row_position = Add (row, start)
         position_float = Cast <to = 1> (row_position)
         position_column = Unsqueeze (position_float, one)
         {floats("frequencies", *frequencies)}
@@ -115,9 +121,31 @@ def append_body(attributes: Attributes) -> str:
         k4 = Reshape (k_turned, kv_shape)
         v4 = Reshape (v, kv_shape)
         kv_rows = Concat <axis = 0> (k4, v4)
-        kv = Transpose <perm = [0, 2, 1, 3]> (kv_rows)
-        slots = Concat <axis = 0> (position, position)
+        {to_cache("kv", attributes)}
+        slots = Concat <axis = 0> (start, start)
         next_kv_cache = TensorScatter <axis = -2> (kv_cache, kv, slots)"""
+
+
+def to_cache(out: str, attributes: Attributes) -> str:
+    """Body statements: out = the transposed rows of keys and values, as the cache holds them."""
+    transposed = "Transpose <perm = [0, 2, 1, 3]> (kv_rows)"
+    if attributes["cache_dtype"] == "float32":
+        return f"{out} = {transposed}"
+    return f"""
+        {out}_float = {transposed}
+        {scalar("largest_half", LARGEST_HALF)}
+        {scalar("least_half", -LARGEST_HALF)}
+        {out}_clamped = Clip ({out}_float, least_half, largest_half)
+        {out} = Cast <to = 10> ({out}_clamped)"""
+
+
+def from_cache(out: str, slots: str, attributes: Attributes) -> str:
+    """Body statements: out = squeezed slots of the cache, float32."""
+    if attributes["cache_dtype"] == "float32":
+        return f"{out} = Squeeze ({slots}, zero)"
+    return f"""
+        {out}_half = Squeeze ({slots}, zero)
+        {out} = Cast <to = 1> ({out}_half)"""
 
 
 def product(out: str, op: str, a: str, b: str, group: int) -> str:
@@ -150,7 +178,7 @@ def attention_body(attributes: Attributes, expanded: bool) -> str:
         {ints("block", BLOCK)}
         {ints("two", 2)}
         {ints("kv_axes", 0, 2)}
-        end = Add (position, rows)
+        end = Add (start, rows)
         end_up = Add (end, block_less_one)
         blocks = Div (end_up, block)
         whole = Mul (blocks, block)
@@ -160,8 +188,8 @@ def attention_body(attributes: Attributes, expanded: bool) -> str:
         values_to = Concat <axis = 0> (two, whole)
         keys4 = Slice (next_kv_cache, keys_from, keys_to, kv_axes)
         values4 = Slice (next_kv_cache, values_from, values_to, kv_axes)
-        keys = Squeeze (keys4, zero)
-        values = Squeeze (values4, zero)
+        {from_cache("keys", "keys4", attributes)}
+        {from_cache("values", "values4", attributes)}
         whole_count = Squeeze (whole, zero)
         column = Range (scalar_zero, whole_count, scalar_one)
         position_rows = Unsqueeze (row_position, one)
@@ -219,8 +247,16 @@ def attention_cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
             torch.tensor([position]),
             torch.randn(2, kv_heads, capacity, dim, generator=generator),
         )
-        attributes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "rotary_dim": rotary_dim}
-        yield inputs, {**attributes, "rope_theta": 1e7, "epsilon": 1e-6}
+        attributes: Attributes = {
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": dim,
+            "rotary_dim": rotary_dim,
+        }
+        attributes |= {"rope_theta": 1e7, "epsilon": 1e-6}
+        yield inputs, {**attributes, "cache_dtype": "float32"}
+        *others, start, kv_cache = inputs
+        yield (*others, start.int(), kv_cache.half()), {**attributes, "cache_dtype": "float16"}
 
 
 GATED_ATTENTION = Op(
@@ -234,6 +270,7 @@ GATED_ATTENTION = Op(
     body=attention_body,
     cases=attention_cases,
     rtol=1e-5,
+    launch=GATED_ATTENTION_LAUNCH,
 )
 
 KV_APPEND = Op(
@@ -247,4 +284,5 @@ KV_APPEND = Op(
     body=lambda attributes, expanded: append_body(attributes),
     cases=append_cases,
     rtol=1e-5,
+    launch=KV_APPEND_LAUNCH,
 )

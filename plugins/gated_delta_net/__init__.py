@@ -15,6 +15,7 @@ Shapes: qkv_in [T, C], z [T, Hv Dv], b and a [T, Hv], conv_weight [C, kernel], A
 [Dv], accepted int64 [1], recurrent_state [Hv, Dk, Dv], conv_state [kernel - 1, C] (raw inputs), pending_conv [W, C]
 (raw inputs), pending_k [W, Hk Dk] (after the convolution, normalised), pending_v [W, Hv Dv], pending_g and
 pending_beta [W, Hv]. C = 2 Hk Dk + Hv Dv. Float32; A_log, dt_bias and the weights may be bfloat16.
+The same mixer with its rows in a ring, for GPUs, is in ring.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -108,10 +109,69 @@ def infer_verify(*inputs: torch.Tensor, **attributes: Any) -> list[tuple[torch.d
     return infer_prefill(*inputs, **attributes) + [(torch.float32, [rows, tensor.shape[1]]) for tensor in window]
 
 
-def body(attributes: Attributes, prefill: bool) -> str:
+def linear_attention(attributes: Attributes, scale: float | None = None) -> str:
+    """The recurrence's node, but for its inputs."""
+    heads = f"q_num_heads = {attributes['num_k_heads']}, kv_num_heads = {attributes['num_v_heads']}"
+    scaled = "" if scale is None else f", scale = {number(scale)}"
+    return f'com.microsoft.LinearAttention <{heads}, update_rule = "gated_delta"{scaled}>'
+
+
+def convolution_body(rows: str, tail: str) -> str:
+    """Body statements: rows [T, C] after tail [kernel - 1, C] -> mixed [1, T, C], present_tail [1, kernel - 1, C]."""
+    return f"""
+        tail3 = Unsqueeze ({tail}, zero)
+        qkv3 = Unsqueeze ({rows}, zero)
+        conv_w = Cast <to = 1> (conv_weight)
+        conv_w3 = Unsqueeze (conv_w, kernel_axis)
+        mixed, present_tail = com.microsoft.CausalConvWithState <channels_last = 1, activation = "silu"> (
+            qkv3, conv_w3, , tail3)"""
+
+
+def heads_body(attributes: Attributes) -> str:
+    """Body statements: mixed [1, T, C] -> q3 and k3 [1, T, Hk Dk], normalised, and v3 [1, T, Hv Dv]."""
     k_heads, v_heads = attributes["num_k_heads"], attributes["num_v_heads"]
     k_dim, v_dim = attributes["head_k_dim"], attributes["head_v_dim"]
-    heads = f'q_num_heads = {k_heads}, kv_num_heads = {v_heads}, update_rule = "gated_delta"'
+    return f"""
+        {ints("parts", 2 * k_heads * k_dim, v_heads * v_dim)}
+        qk, v3 = Split <axis = 2> (mixed, parts)
+        {ints("as_heads", 0, 0, -1, k_dim)}
+        qk_heads = Reshape (qk, as_heads)
+        {floats("unit", *[k_dim**-0.5] * k_dim)}
+        qk_unit = RMSNormalization <axis = -1, epsilon = {number(L2_EPSILON / k_dim)}> (qk_heads, unit)
+        {ints("as_rows", 0, 0, -1)}
+        qk_rows = Reshape (qk_unit, as_rows)
+        q3, k3 = Split <axis = 2, num_outputs = 2> (qk_rows)"""
+
+
+def gates_body(attributes: Attributes, a: str, b: str, g: str, beta: str) -> str:
+    """Body statements: a, b [T, Hv] -> g, beta [T, Hv]."""
+    return f"""
+        A = Cast <to = 1> (A_log)
+        exp_A = Exp (A)
+        rate = Neg (exp_A)
+        bias = Cast <to = 1> (dt_bias)
+        biased = Add ({a}, bias)
+        {padded("Softplus", "step", "biased", attributes["num_v_heads"])}
+        {g} = Mul (step, rate)
+        {beta} = Sigmoid ({b})"""
+
+
+def gated_norm_body(attributes: Attributes) -> str:
+    """Body statements: o [1, T, Hv Dv] and z -> y."""
+    return f"""
+        norm_w = Cast <to = 1> (norm_weight)
+        o_rows = Squeeze (o, zero)
+        {ints("value_heads", 0, attributes["num_v_heads"], attributes["head_v_dim"])}
+        o_heads = Reshape (o_rows, value_heads)
+        normed = RMSNormalization <axis = -1, epsilon = {number(attributes["epsilon"])}> (o_heads, norm_w)
+        {ints("flat", 0, -1)}
+        normed_rows = Reshape (normed, flat)
+        z_sigmoid = Sigmoid (z)
+        z_silu = Mul (z, z_sigmoid)
+        y = Mul (normed_rows, z_silu)"""
+
+
+def body(attributes: Attributes, prefill: bool) -> str:
     conv_name = "conv_tail" if prefill else "next_conv_state"
     state_name = "state" if prefill else "next_recurrent_state"
     final_state, final_conv = (
@@ -138,55 +198,26 @@ def body(attributes: Attributes, prefill: bool) -> str:
         commit_k3 = Unsqueeze (pending_k, zero)
         commit_v3 = Unsqueeze (pending_v, zero)
         state4 = Unsqueeze (recurrent_state, zero)
-        commit_o, committed4 = com.microsoft.LinearAttention <{heads}> (
+        commit_o, committed4 = {linear_attention(attributes)} (
             commit_k3, commit_k3, commit_v3, state4, commit_g3, commit_beta3)
         {state_name} = Squeeze (committed4, zero)
         raw = Concat <axis = 0> (conv_state, pending_conv)
         tail_rows = Shape <end = 1> (conv_state)
         tail_end = Add (accepted, tail_rows)
         {conv_name} = Slice (raw, accepted, tail_end, zero)
-        tail3 = Unsqueeze ({conv_name}, zero)
-        qkv3 = Unsqueeze (qkv_in, zero)
-        conv_w = Cast <to = 1> (conv_weight)
-        conv_w3 = Unsqueeze (conv_w, kernel_axis)
-        mixed, present_tail = com.microsoft.CausalConvWithState <channels_last = 1, activation = "silu"> (
-            qkv3, conv_w3, , tail3)
+        {convolution_body(rows="qkv_in", tail=conv_name)}
         {final_conv} = Squeeze (present_tail, zero)
-        {ints("parts", 2 * k_heads * k_dim, v_heads * v_dim)}
-        qk, v3 = Split <axis = 2> (mixed, parts)
-        {ints("as_heads", 0, 0, -1, k_dim)}
-        qk_heads = Reshape (qk, as_heads)
-        {floats("unit", *[k_dim**-0.5] * k_dim)}
-        qk_unit = RMSNormalization <axis = -1, epsilon = {number(L2_EPSILON / k_dim)}> (qk_heads, unit)
-        {ints("as_rows", 0, 0, -1)}
-        qk_rows = Reshape (qk_unit, as_rows)
-        q3, k3 = Split <axis = 2, num_outputs = 2> (qk_rows)
+        {heads_body(attributes)}
         {k_name} = Squeeze (k3, zero)
         {v_name} = Squeeze (v3, zero)
-        A = Cast <to = 1> (A_log)
-        exp_A = Exp (A)
-        rate = Neg (exp_A)
-        bias = Cast <to = 1> (dt_bias)
-        biased = Add (a, bias)
-        {padded("Softplus", "step", "biased", v_heads)}
-        {g_name} = Mul (step, rate)
-        {beta_name} = Sigmoid (b)
+        {gates_body(attributes, "a", "b", g_name, beta_name)}
         g3 = Unsqueeze ({g_name}, zero)
         beta3 = Unsqueeze ({beta_name}, zero)
-        o, final4 = com.microsoft.LinearAttention <{heads}, scale = {number(k_dim**-0.5)}> (
+        o, final4 = {linear_attention(attributes, scale=attributes["head_k_dim"] ** -0.5)} (
             q3, k3, v3, committed4, g3, beta3)
         {final_state} = Squeeze (final4, zero)
         {"" if prefill else "next_pending_conv = Identity (qkv_in)"}
-        norm_w = Cast <to = 1> (norm_weight)
-        o_rows = Squeeze (o, zero)
-        {ints("value_heads", 0, v_heads, v_dim)}
-        o_heads = Reshape (o_rows, value_heads)
-        normed = RMSNormalization <axis = -1, epsilon = {number(attributes["epsilon"])}> (o_heads, norm_w)
-        {ints("flat", 0, -1)}
-        normed_rows = Reshape (normed, flat)
-        z_sigmoid = Sigmoid (z)
-        z_silu = Mul (z, z_sigmoid)
-        y = Mul (normed_rows, z_silu)"""
+        {gated_norm_body(attributes)}"""
 
 
 def cases(generator: torch.Generator, rows: int) -> Iterator[Case]:

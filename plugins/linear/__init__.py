@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from plugins import nvfp4
+from plugins.linear.launch import FLOAT_LINEAR_LAUNCH, FP8_LINEAR_LAUNCH, NVFP4_LINEAR_LAUNCH
 from plugins.op import Attributes, Case, Op, ints
 
 
@@ -87,6 +88,7 @@ FLOAT_LINEAR = Op(
     infer=infer,
     body=float_body,
     cases=float_cases,
+    launch=FLOAT_LINEAR_LAUNCH,
 )
 
 FP8_LINEAR = Op(
@@ -98,6 +100,7 @@ FP8_LINEAR = Op(
     infer=infer,
     body=fp8_body,
     cases=fp8_cases,
+    launch=FP8_LINEAR_LAUNCH,
 )
 
 NVFP4_LINEAR = Op(
@@ -109,4 +112,5 @@ NVFP4_LINEAR = Op(
     infer=infer,
     body=nvfp4_body,
     cases=nvfp4_cases,
+    launch=NVFP4_LINEAR_LAUNCH,
 )

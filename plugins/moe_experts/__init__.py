@@ -1,6 +1,7 @@
 """The routed experts: y[t] = Σ_j topk_weights[t, j] · down_e(silu(gate_e x[t]) · up_e x[t]), e = topk_ids[t, j].
 
-Rows 0..I of gate_up are the gate, the rest is up. Two function bodies. Expanded: one product over all experts with
+Rows 0..I of gate_up are the gate, the rest is up. A row's topk_weights are positive and sum to one, as MoeRouting
+makes them; its ids are distinct. Two function bodies. Expanded: one product over all experts with
 the unrouted ones weighted by zero: twice as fast as gathering at the sizes for which weights are expanded, and as
 fast for five rows as for one (docs/decisions.md). Packed: a loop over the experts that unpacks one at a time and
 skips those without a row, so that memory stays at one expert. In both, a row's sum runs in the order of expert ids
@@ -15,6 +16,7 @@ from torch.nn.functional import silu
 
 from plugins import nvfp4
 from plugins.linear import add_row, random_nvfp4
+from plugins.moe_experts.launch import FLOAT_MOE_EXPERTS_LAUNCH, NVFP4_MOE_EXPERTS_LAUNCH
 from plugins.op import Attributes, Case, Op, ints
 
 Weights = tuple[torch.Tensor, ...]
@@ -186,6 +188,7 @@ def routed_cases(
     for hidden, experts, top_k, inner in [(32, 8, 2, 16), (48, 5, 3, 32)]:
         x = torch.randn(rows, hidden, generator=generator)
         topk_weights, topk_ids = torch.rand(rows, experts, generator=generator).topk(top_k)
+        topk_weights /= topk_weights.sum(-1, keepdim=True)
         attributes = {"num_experts": experts, "moe_intermediate_size": inner}
         yield (x, topk_weights, topk_ids, *weights(generator, hidden, experts, inner)), attributes
 
@@ -220,6 +223,7 @@ FLOAT_MOE_EXPERTS = Op(
     infer=infer,
     body=float_body,
     cases=lambda generator, rows: routed_cases(generator, rows, float_weights),
+    launch=FLOAT_MOE_EXPERTS_LAUNCH,
 )
 
 NVFP4_MOE_EXPERTS = Op(
@@ -232,4 +236,5 @@ NVFP4_MOE_EXPERTS = Op(
     infer=infer,
     body=nvfp4_body,
     cases=lambda generator, rows: routed_cases(generator, rows, nvfp4_weights),
+    launch=NVFP4_MOE_EXPERTS_LAUNCH,
 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from plugins.linear import product
+from plugins.moe_routing.launch import MOE_ROUTING_LAUNCH
 from plugins.op import Attributes, Case, Op, ints
 
 
@@ -53,5 +54,6 @@ MOE_ROUTING = Op(
     infer=infer,
     body=body,
     cases=cases,
+    launch=MOE_ROUTING_LAUNCH,
     rtol=1e-5,  # logits of magnitude |x||w|, then an exponential: their rounding grows by that magnitude
 )

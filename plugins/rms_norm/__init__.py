@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from plugins.op import Attributes, Case, Op, number, scalar
+from plugins.rms_norm.launch import RMS_NORM_LAUNCH
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float) -> torch.Tensor:
@@ -50,4 +51,5 @@ RMS_NORM = Op(
     infer=infer,
     body=body,
     cases=cases,
+    launch=RMS_NORM_LAUNCH,
 )
