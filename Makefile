@@ -2,7 +2,9 @@
 #
 #   make demo                                   engines of the demo checkpoint, and text from them
 #   make test                                   the tests
-#   make engines MODEL=<checkpoint directory> [TARGET=cpu|cuda] [OUT=<engine directory>]
+#   make engines MODEL=<checkpoint directory> [TARGET=cpu|cuda|sm_120|…] [OUT=<engine directory>]
+#   make engines MODEL=<config.json> TARGET=sm_120 WEIGHTS=none    engines of TensorRT alone, which hold no weights
+#   make full-size                              the same for Qwen3.6-35B-A3B: time, memory and size
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -10,9 +12,9 @@ TARGET ?= cpu
 DEMO   := build/demo/cpu
 
 export PYTHONPATH := .
-export MODEL TARGET OUT  # the shell reads them from its environment: names may hold blanks and quotes
+export MODEL TARGET OUT WEIGHTS  # the shell reads them from its environment: names may hold blanks and quotes
 
-.PHONY: setup demo test lint bench engines clean
+.PHONY: setup demo test lint bench engines full-size clean
 
 setup: .venv/ready
 
@@ -20,11 +22,15 @@ setup: .venv/ready
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Tandem needs Python 3.11 or newer: make PYTHON=…')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	cd .venv/lib/python3*/site-packages/tensorrt_rtx_libs && ln -sf libtensorrt_rtx.so.1 libtensorrt_rtx.so  # what its parser opens
 	touch $@
 
 engines: setup
 	$(if $(MODEL),,$(error MODEL is missing: make engines MODEL=<checkpoint directory>))
-	$(BIN)/python -m engines.build --model "$$MODEL" --target "$$TARGET" $${OUT:+--out "$$OUT"}
+	$(BIN)/python -m engines.build --model "$$MODEL" --target "$$TARGET" $${OUT:+--out "$$OUT"} $${WEIGHTS:+--weights "$$WEIGHTS"}
+
+full-size: setup
+	$(BIN)/python -m engines.build --model demo/qwen3.6-35b-a3b.json --weights none --target sm_120
 
 $(DEMO)/manifest.json: .venv/ready $(wildcard demo/checkpoint/*) $(wildcard export/*.py plugins/*.py plugins/*/*.py engines/*.py)
 	$(BIN)/python -m engines.build --model demo/checkpoint --target cpu --out $(DEMO)

@@ -57,10 +57,14 @@ def open_engine(directory: Path, threads: int = 0, **options: Any) -> Engine:
         from engines.cuda import CudaEngine, Options  # they bring torch, which the others decode without
 
         return CudaEngine(directory, manifest, Options(**options))
-    from engines.onnxruntime import OnnxRuntimeEngine
-
     if given := [name for name, value in options.items() if value]:
         raise UserError(
             f"--{given[0].replace('_', '-')}: for engines of the cuda target; {directory} is {manifest.target}"
         )
+    if manifest.target != "cpu":
+        from engines.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(directory, manifest)
+    from engines.onnxruntime import OnnxRuntimeEngine
+
     return OnnxRuntimeEngine(directory, manifest, threads)

@@ -13,14 +13,20 @@ import glob
 import importlib.metadata
 import math
 import os
+import resource
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
+from engines import tensorrt_files
 from engines.manifest import NAME, VERSION, WEIGHTS, Manifest, describe
+from engines.planned import PlannedCheckpoint
+from engines.tensorrt_build import RTX
 from export.bindings import GRAPHS
 from export.checkpoint import Checkpoint
 from export.cli import Parser, progress, run, say
@@ -28,22 +34,29 @@ from export.config import read_json
 from export.errors import UserError
 from export.trace import trace
 
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", "cuda", "tensorrt", *RTX)
 EXPAND_BELOW = 1 << 30  # bytes of float32 weights up to which they are unpacked at load
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 def build(
-    model: Path, out: Path, target: str = "cpu", capacity: int | None = None, expanded: bool | None = None
+    model: Path,
+    out: Path,
+    target: str = "cpu",
+    capacity: int | None = None,
+    expanded: bool | None = None,
+    weights: bool = True,
 ) -> Manifest:
-    """Build the engine directory `out` from the checkpoint directory `model`.
+    """Build the engine directory `out` from the checkpoint directory `model`. weights: without them a config.json is
+    enough, for targets of TensorRT, whose engines hold none.
 
     Raises UserError for a checkpoint or target that Tandem cannot build."""
-    if target not in TARGETS:
-        raise UserError(f"--target {target}: unknown; this version builds {', '.join(TARGETS)}")
+    targets = parse_targets(target)
     out = out.resolve()  # the directory itself, not a link to it, is replaced
     _check_replaceable(out)
-    checkpoint = Checkpoint.open(model)
+    if not weights and targets[0] in ("cpu", "cuda"):
+        raise UserError(f"--weights none: for targets of TensorRT; engines for {target} are nothing without weights")
+    checkpoint = Checkpoint.open(model) if weights else PlannedCheckpoint(model)
     limit = checkpoint.config.max_position_embeddings
     if capacity is not None and not 1 <= capacity <= limit:
         raise UserError(f"--capacity {capacity}: expected 1 to {limit} (the model's max_position_embeddings)")
@@ -51,14 +64,30 @@ def build(
     for note in checkpoint.notes:
         say(note)
     with _replaced(out) as directory:
-        manifest = _fill(checkpoint, directory, target, capacity or limit, expanded)
+        manifest = _fill(checkpoint, directory, targets, capacity or limit, expanded)
         with _writing(directory / NAME):
             manifest.write(directory)
     say(f"engines for {target}: {out}")
     return manifest
 
 
-def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, expanded: bool | None) -> Manifest:
+def parse_targets(target: str) -> tuple[str, ...]:
+    """A single target, or compute capabilities that share their engines. Raises UserError: unknown."""
+    targets = tuple(dict.fromkeys(target.split(",")))
+    if unknown := [name for name in targets if name not in TARGETS]:
+        raise UserError(f"--target {unknown[0]}: unknown; this version builds {', '.join(TARGETS)}")
+    if len(targets) > 1 and (others := [name for name in targets if name not in RTX]):
+        raise UserError(f"--target {target}: {others[0]} is built alone; only {', '.join(RTX)} share their engines")
+    return targets
+
+
+def _fill(
+    checkpoint: Checkpoint | PlannedCheckpoint,
+    directory: Path,
+    targets: tuple[str, ...],
+    capacity: int,
+    expanded: bool | None,
+) -> Manifest:
     with progress("writing the weights") as update:
         checkpoint.write_weights(directory / WEIGHTS, update)
     if expanded is None:
@@ -66,16 +95,24 @@ def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, e
         size = sum(4 * math.prod(t.shape) * codes.get(t.dtype, 1) for t in checkpoint.tensors.values())
         expanded = size <= EXPAND_BELOW
     graphs: tuple[str, ...] = GRAPHS if checkpoint.has_mtp else GRAPHS[:2]
-    if target == "cuda":
+    if targets == ("cuda",):
         graphs, expanded = (), False  # kernels are launched from Python, and compiled for the GPU that runs them
+    layout = "host" if targets == ("cpu",) else "device"
     with progress("tracing the graphs") as update:
         for i, name in enumerate(graphs):
             update(i, len(graphs))
             weights = directory / WEIGHTS
-            model = trace(name, checkpoint.config, checkpoint.tensors, checkpoint.formats, weights, expanded)
+            config, formats = checkpoint.config, checkpoint.formats
+            model = trace(name, config, checkpoint.tensors, formats, weights, expanded, layout=layout)
             with _writing(directory / f"{name}.onnx") as path:
                 ir.save(model, path)
         update(len(graphs), len(graphs))
+    tensorrt: dict[str, Any] = {}
+    if layout == "device" and graphs:
+        with progress("building the engines") as update, _writing(directory):
+            tensorrt = tensorrt_files.fill(directory, targets, checkpoint.config, checkpoint.formats, capacity, update)
+    if isinstance(checkpoint, PlannedCheckpoint):
+        (directory / WEIGHTS).unlink()
     for file in TEXT_FILES:
         if (checkpoint.directory / file).is_file():
             with _writing(directory / file) as path:
@@ -93,7 +130,7 @@ def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, e
         files = describe(directory.iterdir(), count)
     return Manifest(
         version=VERSION,
-        target=target,
+        target=",".join(targets),
         config=checkpoint.config,
         formats=dict(checkpoint.formats),
         has_mtp=checkpoint.has_mtp,
@@ -102,6 +139,8 @@ def _fill(checkpoint: Checkpoint, directory: Path, target: str, capacity: int, e
         versions={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")},
         source=source,
         files=files,
+        has_weights=not isinstance(checkpoint, PlannedCheckpoint),
+        tensorrt=tensorrt,
     )
 
 
@@ -177,13 +216,21 @@ def _terminated(number: int, frame: object) -> None:
 def main() -> None:
     parser = Parser(prog="python -m engines.build", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint directory")
-    parser.add_argument("--target", default="cpu", help=f"one of {', '.join(TARGETS)} (default cpu)")
+    help = f"one of {', '.join(TARGETS)} (default cpu); several sm_*, with commas, share their engines"
+    parser.add_argument("--target", default="cpu", help=help)
     parser.add_argument("--out", type=Path, metavar="DIR", help="engine directory (default build/<model>/<target>)")
     parser.add_argument("--capacity", type=int, metavar="N", help="positions of a run (default: the model's maximum)")
+    parser.add_argument("--weights", choices=("all", "none"), default="all", help="none: a config.json is enough")
     options = parser.parse_args()
-    model = options.model.expanduser()
-    out = options.out or Path("build") / model.resolve().name / options.target
-    build(model, out, options.target, options.capacity)
+    model, start = options.model.expanduser(), time.monotonic()
+    out = options.out or Path("build") / model.resolve().name.removesuffix(".json") / options.target
+    manifest = build(model, out, options.target, options.capacity, weights=options.weights == "all")
+    if manifest.tensorrt:
+        size = sum(f["size"] for name, f in manifest.files.items() if name.endswith((".engine", ".cubin", ".onnx")))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = time.monotonic() - start
+        files = f"{size / 1e6:.1f} MB of graphs, engines and kernels"
+        say(f"{seconds:.0f} s, {peak / 1e9:.2f} GB of memory at most, {files}")
 
 
 if __name__ == "__main__":

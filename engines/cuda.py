@@ -9,11 +9,13 @@ same launches (runtime/graph.py). Weights are loaded once, for the main model an
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from engines import Floats, Tokens
+from engines.cuda_memory import slots
 from engines.cuda_model import CudaModel, Gpu, Options
 from engines.cuda_prefill import Prefill
 from engines.cuda_weights import DeviceWeights
@@ -23,7 +25,6 @@ from export.errors import UserError
 from plugins.sampling import cuda as sampling_cuda
 
 PREFILL_CHUNK = 2048
-SLACK = 64  # slots beyond the capacity asked for: a round writes all its drafts
 
 
 class CudaEngine:
@@ -65,14 +66,17 @@ class CudaEngine:
             raise UserError(f"--mtp-k {window - 1}: this model on this GPU takes 0 to {self.max_rows - 1}")
         self.__dict__.pop("prefilled", None)  # its memory, before the next takes as much
         try:
-            self.model.start(-(-(capacity + SLACK) // SLACK) * SLACK, window)
-            self.prefilled = Prefill(self.model, min(PREFILL_CHUNK, capacity))
+            self.model.start(slots(capacity), window)
+            self.prefilled = self.make_prefill(min(PREFILL_CHUNK, capacity))
         except torch.OutOfMemoryError:
             free = torch.cuda.mem_get_info()[0] / 1e9
             raise UserError(
                 f"the GPU's memory does not hold {capacity} positions beside the weights ({free:.1f} GB free); "
                 "shorten the prompt or --max-new-tokens, or use --fp8-cache"
             ) from None
+
+    def make_prefill(self, rows: int) -> Any:
+        return Prefill(self.model, rows)
 
     def _control(self, **words: int) -> None:
         for word, value in words.items():
@@ -104,11 +108,11 @@ class CudaEngine:
         self.prefilled.head(len(token_ids), 0, 0)
 
     def draft(self, token_ids: Tokens, hidden: Floats, position: int, accepted: int) -> tuple[Floats, Floats]:
-        self._control(HEAD_POSITION=position, HEAD_LAST=accepted - 1)
+        self._control(HEAD_POSITION=position, HEAD_ROWS=accepted, HEAD_LAST=accepted - 1)
         self._put(self.model.buffers.head_tokens, token_ids)
         self._put(self.model.buffers.hidden, hidden)
         self.model.draft(len(token_ids), 0)
-        return self.model.buffers.head_hidden.cpu().numpy(), self.model.buffers.draft_logits.cpu().numpy()
+        return self.model.drafted.cpu().numpy(), self.model.buffers.draft_logits.cpu().numpy()
 
     def state(self) -> dict[str, Floats]:
         """KV caches and recurrent states; the pending rows are in the rings, by position."""

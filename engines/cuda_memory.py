@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from export.bindings import CACHE_BLOCK
 from export.config import FULL, ModelConfig
 from plugins.gated_delta_net import cuda as gdn
 from plugins.sampling import cuda as sampling_cuda
 
+SLACK = 64  # a round writes all its drafts, and one more is launched before its end is seen
 DEVICE = "cuda"  # tests put whole models on the "cpu", where tests/emulator.py runs the kernels
 
 
@@ -42,6 +44,11 @@ def octets(count: int) -> Tensor:
 
 def gdn_sizes(c: ModelConfig) -> gdn.Sizes:
     return gdn.Sizes(c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
+
+
+def slots(capacity: int) -> int:
+    """Cache slots for so many positions, and what rounds that are dropped write beyond the last."""
+    return -(-(capacity + SLACK) // CACHE_BLOCK) * CACHE_BLOCK
 
 
 class State:

@@ -75,13 +75,14 @@ class Gpu:
         return large, total - SPARE_SHARED - large
 
     @classmethod
-    def current(cls) -> Gpu:
+    def current(cls, what: str = "the cuda target") -> Gpu:
         """Raises UserError: no GPU, or one that is too old."""
         if not torch.cuda.is_available():
-            raise UserError("the cuda target needs an NVIDIA GPU, and none is here; use engines of the cpu target")
+            verb = "need" if what.startswith("engines") else "needs"
+            raise UserError(f"{what} {verb} an NVIDIA GPU, and none is here; use engines of the cpu target")
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < LEAST_CAPABILITY:
-            raise UserError(f"this GPU has compute capability {major}.{minor}; the cuda target needs 8.0 or later")
+            raise UserError(f"this GPU has compute capability {major}.{minor}; Tandem needs 8.0 or later")
         p: Any = torch.cuda.get_device_properties()
         return cls(f"sm_{major}{minor}", p.multi_processor_count, p.shared_memory_per_block_optin, p.L2_cache_size)
 
@@ -203,6 +204,14 @@ class CudaModel:
         if self.recorded is not None:
             self.recorded.append((name, call))
         call()
+
+    @property
+    def drafted(self) -> Tensor:
+        """The hidden state of the first draft's row [1, H]."""
+        return self.buffers.head_hidden
+
+    def warm_up(self, mtp_k: int) -> None:
+        """Before a round is captured: nothing is left to do once kernels are loaded."""
 
     def control(self, word: int) -> int:
         """The address of a word of the control block."""

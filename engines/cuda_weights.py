@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,27 @@ from plugins import nvfp4
 PIECE = 64 << 20  # bytes of pinned memory, twice
 ALIGNED = 16  # bytes, of whatever a kernel reads in vectors
 VECTORS = re.compile(r"norm\w*\.weight$|conv1d\.weight$|A_log$|dt_bias$|norm_embedding\.weight$|norm_hidden\.weight$")
+
+
+def device_dtype(
+    name: str, dtype: str, shape: Sequence[int], formats: Mapping[str, str], words: bool
+) -> tuple[str, tuple[int, ...]]:
+    """What a tensor of the weights file is on the GPU, for engines that have to say so: dtype and shape. Four-bit codes
+    are themselves rather than bytes; or, with `words`, all of eight bits and less is int32 by four bytes, for GPUs
+    whose TensorRT has no such types. dtype: ONNX's name of the file's, block scales as bytes."""
+    dims, owner = tuple(shape), name
+    for suffix in (".weight_scale_2", ".weight_scale", ".weight"):
+        owner = owner.removesuffix(suffix)
+    format = formats.get(owner, formats.get(owner.rpartition(".")[0], "float") if ".experts." in owner else "float")
+    if VECTORS.search(name):
+        return "float32", dims
+    if dtype not in ("UINT8", "FLOAT8E4M3FN"):
+        return ("bfloat16" if name.endswith(".weight") else "float32"), dims
+    if words:
+        return "int32", (*dims[:-1], dims[-1] // 4)
+    if format == "nvfp4" and name.endswith(".weight"):
+        return "float4_e2m1", (*dims[:-1], 2 * dims[-1])
+    return "float8_e4m3fn", dims
 
 
 class DeviceWeights:

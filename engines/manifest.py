@@ -52,8 +52,9 @@ def describe(files: Iterable[Path], progress: Callable[[int], None] | None = Non
 
 @dataclass(frozen=True)
 class Manifest:
-    """target: "cpu" or "cuda". expanded: weights are constant-folded to float32 at load, else they stay packed.
-    capacity: largest number of positions that a run may ask for."""
+    """target: "cpu", "cuda", "tensorrt" or compute capabilities such as "sm_89,sm_120". expanded: weights are
+    constant-folded to float32 at load, else they stay packed. capacity: largest number of positions that a run may ask
+    for. has_weights: else it was built from a config alone."""
 
     version: str
     target: str
@@ -65,6 +66,8 @@ class Manifest:
     versions: dict[str, str]
     source: dict[str, Any]
     files: dict[str, dict[str, Any]]
+    has_weights: bool = True
+    tensorrt: dict[str, Any] = dataclasses.field(default_factory=dict)  # of engines.tensorrt_files.fill
 
     def write(self, directory: Path) -> None:
         values = {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "config": self.config.to_dict()}

@@ -81,6 +81,7 @@ class GraphDecoder:
 
     def capture(self) -> None:
         """Record the round, once for every place of its results."""
+        self.model.warm_up(self.mtp_k)
         torch.cuda.synchronize()
         collecting = gc.isenabled()
         gc.disable()  # it could end another decoder, which would wait for the device: not allowed during a capture

@@ -106,7 +106,7 @@ class Decoder:
 
 def open_decoder(engine: Engine, capacity: int, mtp_k: int, sampler: Sampler, drafter: Sampler | None = None) -> Any:
     """A Decoder, or on a GPU the one whose rounds are CUDA graphs, which does the same."""
-    if engine.manifest.target != "cuda":
+    if engine.manifest.target == "cpu":
         return Decoder(engine, capacity, mtp_k, sampler, drafter)
     from runtime.graph import GraphDecoder  # brings torch, which other targets decode without
 
