@@ -33,16 +33,21 @@ from engines.tensorrt import TensorRtEngine, TensorRtModel, TensorRtPrefill, che
 from engines.tensorrt_build import Library, network_model, parse
 from export.bindings import GRAPHS, input_specs, output_specs
 from export.checkpoint import load_weights
+from export.config import ModelConfig
 from export.errors import UserError
 from export.model import Graph
 from export.weights import read_header
-from plugins import DOMAIN, OPS
+from plugins import DOMAIN, OPS, Op
+from plugins.launch import Argument, Call, Device
 from plugins.sampling import cuda as sampling
+from runtime.graph import GraphDecoder
 from runtime.rounds import Decoder
 from runtime.sampling import Sampler, SamplingConfig
 from runtime.tokenizer import Tokenizer
+from tests.backends import Backend
+from tests.checkpoints import random_state, tiny_config, write_checkpoint
 from tests.emulator import EmulatedModule
-from tests.test_cuda_model import StepwiseDecoder, decode
+from tests.test_cuda_model import ALL_EXPERTS, MOE, SIZES, StepwiseDecoder, assert_close_on_average, decode
 
 ROOT = Path(__file__).parents[1]
 TARGET = "sm_120"
@@ -243,6 +248,100 @@ def test_rounds_over_engines_equal_the_cpu_target(on_cpu: None, demo: Path) -> N
         assert tokens == expected
         drafted += accepted
     assert drafted > 0
+
+
+class LaunchExecution:
+    """Stands for an engine too, by what its plugins enqueue: every op of the graph is its Launch, glue is torch."""
+
+    def __init__(self, graph: str, config: ModelConfig, weights: DeviceWeights, header: Any, backend: Backend) -> None:
+        self.config, self.graph, self.backend = config, graph, backend
+        self.module = Graph(graph, config, header, weights.formats, device="meta", layout="device")
+        for name, _ in list(self.module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            tensor = torch.nn.Parameter(weights.tensors[name], requires_grad=False)
+            setattr(self.module.get_submodule(owner), leaf, tensor)
+
+    def launched(self, op: Op, *inputs: torch.Tensor, **attributes: Any) -> Any:
+        assert op.launch
+        gpu = Gpu.current()
+        device = Device(gpu.multiprocessors, gpu.shared_bytes)
+        given = dict(zip(op.inputs, (tensor.contiguous() for tensor in inputs), strict=True))
+        made = {}
+        for name, (dtype, shape) in zip(op.outputs, op.infer(*inputs, **attributes), strict=True):
+            alias = op.launch.aliases.get(name)
+            made[name] = given[alias] if alias else torch.empty(tuple(shape), dtype=dtype, device=inputs[0].device)
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        size = op.launch.workspace(attributes, shapes, device)
+        workspace = torch.empty(max(size, 1) + 256, dtype=torch.uint8, device=inputs[0].device)
+
+        def arguments(tensors: dict[str, torch.Tensor]) -> dict[str, Argument]:
+            kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+            return {name: Argument(t.data_ptr(), tuple(t.shape), kinds[name]) for name, t in tensors.items()}
+
+        aligned = -(-workspace.data_ptr() // 256) * 256
+        calls = (attributes, arguments(given), arguments(made), device)
+        op.launch.run(Call(*calls, self.backend.module, aligned, cuda_memory.stream()))
+        outputs = tuple(made.values())
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        inputs = (tensors[name] for name in input_specs(self.graph, self.config, layout="device"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Op, "__call__", lambda op, *given, **attributes: self.launched(op, *given, **attributes))
+            outputs = self.module(*inputs)
+        for name, value in zip(output_specs(self.graph, self.config, layout="device"), outputs, strict=True):
+            if value.data_ptr() != tensors[name].data_ptr():  # states are written in place
+                assert "layers." not in name
+                tensors[name].copy_(value)
+
+
+def launch_engine(directory: Path, backend: Backend) -> TensorRtEngine:
+    manifest, header = Manifest.read(directory), read_header(directory / WEIGHTS)
+    loaded = {name: tensor.to(backend.device) for name, tensor in load_weights(directory / WEIGHTS).items()}
+    weights = DeviceWeights(loaded, manifest.formats)
+    engine = TensorRtEngine.__new__(TensorRtEngine)
+    engine.manifest = manifest
+    executions = {g: LaunchExecution(g, manifest.config, weights, header, backend) for g in GRAPHS}
+    engine.model = TensorRtModel(manifest.config, weights, executions, backend.module)
+    return engine
+
+
+def test_what_plugins_enqueue_decodes_as_the_cpu_target(on_cpu: None, tmp_path: Path) -> None:
+    """A small model under the emulator: prefill by tensor cores, verify rows with rejected ones before, drafts."""
+    sizes: dict[str, Any] = {**SIZES, **MOE, **ALL_EXPERTS}
+    config = tiny_config(**sizes)
+    write_checkpoint(tmp_path / "checkpoint", config, random_state(config, 0), "modelopt_mixed")
+    build(tmp_path / "checkpoint", tmp_path / "cpu")
+    build(tmp_path / "checkpoint", tmp_path / TARGET, TARGET, capacity=128)
+    cpu = OnnxRuntimeEngine(tmp_path / "cpu", threads=1)
+    engine = launch_engine(tmp_path / TARGET, Backend("emulator"))
+    tokens = torch.randint(0, 24, (24,)).numpy()
+    for one in (cpu, engine):
+        one.start(64, 4)
+    expected, found = (one.prefill(tokens[:11], 0, 0) for one in (cpu, engine))
+    assert_close_on_average(found[1], expected[1])
+    at, accepted = 11, 0
+    for rows, then in ((3, 2), (4, 1), (1, 1)):
+        expected, found = (one.verify(tokens[at : at + rows], at, accepted) for one in (cpu, engine))
+        assert_close_on_average(found[0], expected[0])
+        assert_close_on_average(found[1], expected[1])
+        following = tokens[at + 1 : at + 1 + rows]
+        drafts = [one.draft(following, expected[0], at, then) for one in (cpu, engine)]
+        assert_close_on_average(drafts[1][1], drafts[0][1])
+        at, accepted = at + then, then
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_what_plugins_enqueue_is_captured_and_lossless(tmp_path: Path) -> None:
+    """On a GPU: the demo's rounds as CUDA graphs over the plugins' launches; tokens are those of the cpu target."""
+    for target in ("cpu", "cuda"):  # of the second the weights alone: TensorRT need not be there
+        build(ROOT / "demo/checkpoint", tmp_path / target, target)
+    engine = launch_engine(tmp_path / "cuda", Backend("gpu"))
+    prompt, sampler = prompt_tokens(tmp_path / "cpu"), Sampler(SamplingConfig())
+    expected = decode(Decoder(OnnxRuntimeEngine(tmp_path / "cpu", threads=1), 256, 0, sampler), prompt, 96, 0)[0]
+    for mtp_k in (0, 2, 4):
+        assert decode(GraphDecoder(engine, 256, mtp_k, sampler), prompt, 96, mtp_k)[0] == expected
 
 
 # ---- bad input ----
