@@ -4,6 +4,7 @@
 #   make test                                   the tests
 #   make engines MODEL=<checkpoint directory> [TARGET=cpu|cuda|sm_120|…] [OUT=<engine directory>]
 #   make engines MODEL=<config.json> TARGET=sm_120 WEIGHTS=none    engines of TensorRT alone, which hold no weights
+#   make accuracy MODEL=<checkpoint directory> [TARGET=…] [OUT=…]   ONNX Runtime and engines against torch
 #   make full-size                              the same for Qwen3.6-35B-A3B: time, memory and size
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ DEMO   := build/demo/cpu
 export PYTHONPATH := .
 export MODEL TARGET OUT WEIGHTS  # the shell reads them from its environment: names may hold blanks and quotes
 
-.PHONY: setup demo test lint bench engines full-size clean
+.PHONY: setup demo test lint bench engines accuracy full-size clean
 
 setup: .venv/ready
 
@@ -28,6 +29,12 @@ setup: .venv/ready
 engines: setup
 	$(if $(MODEL),,$(error MODEL is missing: make engines MODEL=<checkpoint directory>))
 	$(BIN)/python -m engines.build --model "$$MODEL" --target "$$TARGET" $${OUT:+--out "$$OUT"} $${WEIGHTS:+--weights "$$WEIGHTS"}
+
+accuracy: setup
+	$(if $(MODEL),,$(error MODEL is missing: make accuracy MODEL=<checkpoint directory>))
+	@OUT="$${OUT:-build/$$(basename "$$(realpath "$$MODEL")" .json)/$$TARGET}"; test -e "$$OUT" || \
+		$(BIN)/python -m engines.build --model "$$MODEL" --target "$$TARGET" --out "$$OUT" || exit; \
+		$(BIN)/python -m runtime.accuracy --engines "$$OUT"
 
 full-size: setup
 	$(BIN)/python -m engines.build --model demo/qwen3.6-35b-a3b.json --weights none --target sm_120

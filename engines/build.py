@@ -24,9 +24,10 @@ from typing import Any
 import onnx_ir as ir
 
 from engines import tensorrt_files
+from engines.cuda_model import check_room, check_sizes
 from engines.manifest import NAME, VERSION, WEIGHTS, Manifest, describe
 from engines.planned import PlannedCheckpoint
-from engines.tensorrt_build import RTX
+from engines.tensorrt_build import RTX, Library
 from export.bindings import GRAPHS
 from export.checkpoint import Checkpoint
 from export.cli import Parser, progress, run, say
@@ -56,7 +57,12 @@ def build(
     _check_replaceable(out)
     if not weights and targets[0] in ("cpu", "cuda"):
         raise UserError(f"--weights none: for targets of TensorRT; engines for {target} are nothing without weights")
+    library = None if targets[0] in ("cpu", "cuda") else Library.of(targets)
     checkpoint = Checkpoint.open(model) if weights else PlannedCheckpoint(model)
+    if targets != ("cpu",):
+        check_sizes(checkpoint.config, checkpoint.formats)
+    if library:
+        check_room(checkpoint.config, library.device.shared_bytes, target)
     limit = checkpoint.config.max_position_embeddings
     if capacity is not None and not 1 <= capacity <= limit:
         raise UserError(f"--capacity {capacity}: expected 1 to {limit} (the model's max_position_embeddings)")
@@ -64,7 +70,7 @@ def build(
     for note in checkpoint.notes:
         say(note)
     with _replaced(out) as directory:
-        manifest = _fill(checkpoint, directory, targets, capacity or limit, expanded)
+        manifest = _fill(checkpoint, directory, targets, library, capacity or limit, expanded)
         with _writing(directory / NAME):
             manifest.write(directory)
     say(f"engines for {target}: {out}")
@@ -75,7 +81,7 @@ def parse_targets(target: str) -> tuple[str, ...]:
     """A single target, or compute capabilities that share their engines. Raises UserError: unknown."""
     targets = tuple(dict.fromkeys(target.split(",")))
     if unknown := [name for name in targets if name not in TARGETS]:
-        raise UserError(f"--target {unknown[0]}: unknown; this version builds {', '.join(TARGETS)}")
+        raise UserError(f"--target {unknown[0]!r}: unknown; this version builds {', '.join(TARGETS)}")
     if len(targets) > 1 and (others := [name for name in targets if name not in RTX]):
         raise UserError(f"--target {target}: {others[0]} is built alone; only {', '.join(RTX)} share their engines")
     return targets
@@ -85,6 +91,7 @@ def _fill(
     checkpoint: Checkpoint | PlannedCheckpoint,
     directory: Path,
     targets: tuple[str, ...],
+    library: Library | None,
     capacity: int,
     expanded: bool | None,
 ) -> Manifest:
@@ -108,9 +115,9 @@ def _fill(
                 ir.save(model, path)
         update(len(graphs), len(graphs))
     tensorrt: dict[str, Any] = {}
-    if layout == "device" and graphs:
-        with progress("building the engines") as update, _writing(directory):
-            tensorrt = tensorrt_files.fill(directory, targets, checkpoint.config, checkpoint.formats, capacity, update)
+    if library:
+        with progress("building the engines") as update:
+            tensorrt = tensorrt_files.fill(directory, library, checkpoint.config, checkpoint.formats, capacity, update)
     if isinstance(checkpoint, PlannedCheckpoint):
         (directory / WEIGHTS).unlink()
     for file in TEXT_FILES:
@@ -152,7 +159,7 @@ def _check_replaceable(out: Path) -> None:
     files = found.get("files")
     if not isinstance(files, dict) or "target" not in found:
         raise UserError(f"{out}: exists and is not an engine directory; choose another --out or move it away")
-    if others := sorted({path.name for path in out.iterdir()} - {NAME, *files}):
+    if others := sorted({path.name for path in out.iterdir()} - {NAME, "__pycache__", *files}):
         raise UserError(f"{out}: holds {others[0]}, which is not of the engines; move it away or choose another --out")
 
 

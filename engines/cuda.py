@@ -54,6 +54,8 @@ class CudaEngine:
         engine.model = model
         return engine
 
+    cache_hint = ", or use --fp8-cache"
+
     @property
     def max_rows(self) -> int:
         return self.model.max_rows
@@ -72,7 +74,7 @@ class CudaEngine:
             free = torch.cuda.mem_get_info()[0] / 1e9
             raise UserError(
                 f"the GPU's memory does not hold {capacity} positions beside the weights ({free:.1f} GB free); "
-                "shorten the prompt or --max-new-tokens, or use --fp8-cache"
+                f"shorten the prompt or --max-new-tokens{self.cache_hint}"
             ) from None
 
     def make_prefill(self, rows: int) -> Any:

@@ -112,7 +112,7 @@ def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
         linear.check_k(size, "nvfp4" if "nvfp4" in formats.values() else "float", name)
     if c.num_experts > experts.MAX_EXPERTS or c.num_experts_per_tok > experts.MAX_TOP_K:
         raise UserError(
-            f"{c.num_experts_per_tok} of {c.num_experts} experts a token: the cuda target takes at most "
+            f"{c.num_experts_per_tok} of {c.num_experts} experts a token: the kernels take at most "
             f"{experts.MAX_TOP_K} of {experts.MAX_EXPERTS}; use cpu"
         )
     for name, size, largest in (
@@ -121,7 +121,7 @@ def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
         ("linear_value_head_dim", c.linear_value_head_dim, 128),
     ):
         if size % 16 or size > largest:
-            raise UserError(f"{name} {size}: the cuda target takes multiples of 16 up to {largest}; use cpu")
+            raise UserError(f"{name} {size}: the kernels take multiples of 16 up to {largest}; use cpu")
     for name, valid in (
         ("num_attention_heads / num_key_value_heads", c.num_attention_heads <= 16 * c.num_key_value_heads),
         ("num_key_value_heads", c.num_key_value_heads <= 32),
@@ -129,7 +129,29 @@ def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
         ("linear_conv_kernel_dim", c.linear_conv_kernel_dim == 4),
     ):
         if not valid:
-            raise UserError(f"{name}: not a size that the cuda target has kernels for; use cpu")
+            raise UserError(f"{name}: not a size that there are kernels for; use cpu")
+
+
+def rows_that_fit(config: ModelConfig, device_shared: int) -> int:
+    """Rows of one call that the kernels' shared memory holds. device_shared: bytes that a block may have."""
+    c = config
+    widths = [c.hidden_size, c.num_attention_heads * c.head_dim, c.value_dim]
+    widths += [2 * c.hidden_size] * c.mtp_num_hidden_layers + [c.intermediate_size] * (not c.is_moe)
+    mixture = experts.ExpertsDecode(None, 1, device_shared, c.num_experts, c.num_experts_per_tok) if c.is_moe else None
+
+    def fits(rows: int) -> bool:
+        if max(linear.shared_bytes(rows, width) for width in widths) > device_shared - linear.STATIC:
+            return False
+        return not mixture or mixture.fits(rows, c.moe_intermediate_size, c.shared_expert_intermediate_size)
+
+    return max((rows for rows in range(1, MAX_ROWS + 1) if fits(rows)), default=0)
+
+
+def check_room(config: ModelConfig, device_shared: int, target: str) -> None:
+    """Raises UserError: not even a row fits the target's shared memory."""
+    if not rows_that_fit(config, device_shared):
+        kilobytes = device_shared >> 10
+        raise UserError(f"--target {target}: this model is too wide for its {kilobytes} KB of shared memory; use cpu")
 
 
 class CudaModel:
@@ -176,17 +198,7 @@ class CudaModel:
     @property
     def max_rows(self) -> int:
         """Rows of one call that the kernels' shared memory holds on this GPU."""
-        c = self.config
-        widths = [c.hidden_size, c.num_attention_heads * c.head_dim, c.value_dim]
-        widths += [2 * c.hidden_size] * c.mtp_num_hidden_layers + [c.intermediate_size] * (not c.is_moe)
-
-        def fits(rows: int) -> bool:
-            if max(linear.shared_bytes(rows, width) for width in widths) > self.linear.shared_limit:
-                return False
-            inner = c.moe_intermediate_size, c.shared_expert_intermediate_size
-            return not c.is_moe or self.experts.fits(rows, *inner)
-
-        return max((rows for rows in range(1, MAX_ROWS + 1) if fits(rows)), default=0)
+        return rows_that_fit(self.config, self.gpu.shared_bytes)
 
     def start(self, capacity: int, rows: int) -> None:
         """Fresh state for `capacity` positions, and buffers for calls of up to `rows` rows, at most `max_rows`."""

@@ -22,10 +22,11 @@ from typing import Any
 from export.config import ModelConfig, read_json
 from export.errors import UserError
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 NAME = "manifest.json"
 WEIGHTS = "weights.safetensors"
 LARGE = 256 << 20
+TENSORRT = {"package", "version", "targets", "words", "plugin_version", "graphs", "kernels"}  # of such a target
 
 
 def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -90,9 +91,15 @@ class Manifest:
             )
         if values.pop("sha256", None) != _digest(values):
             raise UserError(f"{directory / NAME}: changed since the build (its own SHA-256 differs); {rebuild}")
-        manifest = cls(**{**values, "config": ModelConfig.from_dict(values["config"])})
-        for name, recorded in manifest.files.items():
-            _check(directory / name, recorded, rebuild)
+        try:
+            manifest = cls(**{**values, "config": ModelConfig.from_dict(values["config"])})
+            if manifest.target not in ("cpu", "cuda") and (missing := TENSORRT - set(manifest.tensorrt)):
+                raise KeyError(min(missing))
+            files = [(directory / name, recorded) for name, recorded in manifest.files.items()]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{directory / NAME}: not a manifest of this version ({error}); {rebuild}") from None
+        for path, recorded in files:
+            _check(path, recorded, rebuild)
         return manifest
 
 

@@ -22,7 +22,7 @@ from engines.cuda_model import CudaModel, Gpu, Options, Sample
 from engines.cuda_weights import DeviceWeights, device_dtype
 from engines.kernel_store import KernelStore, plugin_version
 from engines.manifest import WEIGHTS, Manifest
-from engines.tensorrt_build import Library
+from engines.tensorrt_build import RTX, Library
 from engines.tensorrt_files import engine_file
 from export.bindings import input_specs, output_specs
 from export.cli import progress
@@ -38,6 +38,8 @@ from plugins.tensorrt import register
 if TYPE_CHECKING:
     from runtime.sampling import SamplingConfig
 
+MAX_CONTEXTS = 32  # of an engine: two capacities of a sequence, and every number of rows
+ALIGNED = 256  # bytes, of what TensorRT is given
 REBUILD = "build the engines again with `make engines`"
 
 
@@ -49,32 +51,59 @@ class Execution(Protocol):
 
 
 class EngineExecution:
-    """A serialized engine. Raises UserError: TensorRT does not take it."""
+    """A serialized engine. captured: its calls are recorded into CUDA graphs; then every shape has a context of its
+    own, which a call before the capture has made ready. Raises UserError: TensorRT does not take it."""
 
-    def __init__(self, trt: Any, path: Path) -> None:
+    def __init__(self, trt: Any, path: Path, captured: bool) -> None:
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise UserError(f"{path}: TensorRT {trt.__version__} cannot load it on this GPU; {REBUILD}")
-        if hasattr(self.engine, "create_runtime_config"):  # of TensorRT for RTX, which compiles for shapes as they come
-            config = self.engine.create_runtime_config()
-            strategies = trt.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = strategies.NONE  # no other kernels later on
-            self.context = self.engine.create_execution_context(config)
-        else:
-            self.context = self.engine.create_execution_context()
+        self.trt, self.path, self.captured = trt, path, captured
+        self.contexts: dict[tuple[tuple[int, ...], ...], Any] = {}
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         given = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self.dynamic = [n for n in given if -1 in tuple(self.engine.get_tensor_shape(n))]
         self.names = names
 
+    def _create_context(self) -> Any:
+        trt = self.trt
+        if hasattr(self.engine, "create_runtime_config"):  # of TensorRT for RTX, which compiles for shapes as they come
+            config = self.engine.create_runtime_config()
+            strategies = trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.NONE  # no other kernels later on
+            context = self.engine.create_execution_context(config)
+        else:
+            context = self.engine.create_execution_context()
+        if context is None:
+            raise UserError(f"{self.path}: the GPU's memory does not hold what it works in; close what uses it")
+        return context
+
+    def context(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The one for these shapes."""
+        shapes = tuple(tuple(tensors[name].shape) for name in self.dynamic)
+        if shapes not in self.contexts:
+            reusable = None if self.captured else next(iter(self.contexts.values()), None)
+            if reusable or len(self.contexts) == MAX_CONTEXTS:
+                self.contexts.clear()
+            context = reusable or self._create_context()
+            for name, shape in zip(self.dynamic, shapes, strict=True):
+                if not context.set_input_shape(name, shape):
+                    raise UserError(f"{self.path}: {name} of shape {list(shape)} is outside what it was built for")
+            self.contexts[shapes] = context
+        return self.contexts[shapes]
+
     def __call__(self, tensors: Mapping[str, Tensor]) -> None:
+        context = self.context(tensors)
         for name in self.names:
-            if name in self.dynamic:
-                self.context.set_input_shape(name, tuple(tensors[name].shape))
-            self.context.set_tensor_address(name, tensors[name].data_ptr())
-        if not self.context.execute_async_v3(cuda_memory.stream()):
-            raise RuntimeError("TensorRT did not run the engine; its own message is above")
+            if not context.set_tensor_address(name, tensors[name].data_ptr()):
+                raise RuntimeError(f"{self.path}: TensorRT does not take the address of {name}")
+        stream = cuda_memory.stream()
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self.captured and not capturing and not context.is_stream_capturable(stream):
+            raise UserError(f"{self.path}: cannot be captured into a CUDA graph; {REBUILD}")
+        if not context.execute_async_v3(stream):
+            raise RuntimeError(f"{self.path}: TensorRT did not run it; its own message is above")
 
 
 class TensorRtModel(CudaModel):
@@ -98,12 +127,16 @@ class TensorRtModel(CudaModel):
         self.state = State(self.config, capacity, fp8_cache=False)
         self.buffers = RoundBuffers(self.config, rows, self.draft_vocab, head_parts=1)
         self.sampling_scratch = octets(self.sampling.scratch_bytes(rows))
-        self.place, self.one = integers(1), integers(1) + 1
+        self.scalars = integers(2 * ALIGNED).view(2, ALIGNED)  # position and accepted, aligned
+        self.one = integers(1) + 1
         self.chained = floats(2, 1, self.config.hidden_size)  # the head's own hidden states, in turn
 
     def execute(self, graph: str, **tensors: Tensor) -> None:
         """tensors: rows by binding name, `next_hidden` for next.hidden. States and weights are bound here."""
         bound = {name.replace("next_", "next."): tensor for name, tensor in tensors.items()}
+        for name, place in zip(("position", "accepted"), self.scalars, strict=True):
+            if name in bound:
+                bound[name] = place[:1].copy_(bound[name])
         specs = {
             **input_specs(graph, self.config, layout="device"),
             **output_specs(graph, self.config, layout="device"),
@@ -140,13 +173,12 @@ class TensorRtModel(CudaModel):
 
     def draft(self, rows: int, index: int, sampling: SamplingConfig | None = None) -> None:
         b, first = self.buffers, index == 0
-        if not first:
-            torch.add(self.word(sampling_cuda.POSITION), index - 1, out=self.place)
+        place = self.word(sampling_cuda.HEAD_POSITION if first else sampling_cuda.POSITION)
         self.execute(
             "mtp.draft",
             token_ids=b.head_tokens[:rows] if first else b.draft_token,
             hidden=b.hidden[:rows] if first else self.chained[(index - 1) % 2],
-            position=self.word(sampling_cuda.HEAD_POSITION) if first else self.place,
+            position=place if first else place + (index - 1),
             accepted=self.word(sampling_cuda.HEAD_ROWS) if first else self.one,
             next_hidden=self.chained[index % 2],
             logits=b.draft_logits,
@@ -194,9 +226,8 @@ class TensorRtPrefill:
 
     def head(self, rows: int, first: int, offset: int) -> None:
         model, b = self.model, self.buffers
-        torch.add(model.word(sampling_cuda.POSITION), offset, out=model.place)
-        hidden = b.hidden[first : first + rows]
-        model.execute("mtp.prefill", token_ids=b.next_tokens[:rows], hidden=hidden, position=model.place)
+        hidden, position = b.hidden[first : first + rows], model.word(sampling_cuda.POSITION) + offset
+        model.execute("mtp.prefill", token_ids=b.next_tokens[:rows], hidden=hidden, position=position)
 
 
 class TensorRtEngine(CudaEngine):
@@ -209,17 +240,18 @@ class TensorRtEngine(CudaEngine):
         gpu = Gpu.current(f"engines for {self.manifest.target}")
         targets = self.manifest.tensorrt["targets"]
         if gpu.arch not in targets:
-            raise UserError(
-                f"{directory}: built for {', '.join(targets)}, this GPU is {gpu.arch}; {REBUILD} TARGET={gpu.arch}"
-            )
+            mend = f"{REBUILD} TARGET={gpu.arch if gpu.arch in RTX else 'cuda'}"
+            raise UserError(f"{directory}: built for {', '.join(targets)}, this GPU is {gpu.arch}; {mend}")
         library = Library.of(("tensorrt",) if self.manifest.target == "tensorrt" else tuple(targets))
         check_library(directory, self.manifest, library)
-        plugins = register(library.trt, OPS, Device(gpu.multiprocessors, gpu.shared_bytes))
+        room = library.device  # what workspaces were sized for
+        shared, count = min(gpu.shared_bytes, room.shared_bytes), min(gpu.multiprocessors, room.multiprocessors)
+        plugins = register(library.trt, OPS, Device(count, shared))
         store = KernelStore(directory, gpu.arch)
         plugins.module = store.module  # type: ignore[method-assign]
         config = self.manifest.config
         executions = {
-            graph: EngineExecution(library.trt, directory / engine_file(graph))
+            graph: EngineExecution(library.trt, directory / engine_file(graph), not graph.endswith("prefill"))
             for graph in self.manifest.tensorrt["graphs"]
         }
         try:
@@ -227,7 +259,10 @@ class TensorRtEngine(CudaEngine):
                 weights = DeviceWeights.load(directory / WEIGHTS, self.manifest.formats, update)
         except torch.OutOfMemoryError:
             raise UserError(f"{directory}: the GPU's memory does not hold the weights; close what uses it") from None
+        weights.tensors = {n: t.clone() if t.data_ptr() % ALIGNED else t for n, t in weights.tensors.items()}  # few
         self.model = TensorRtModel(config, weights, executions, store.module)
+
+    cache_hint = ""
 
     def make_prefill(self, rows: int) -> Any:
         assert isinstance(self.model, TensorRtModel)

@@ -50,7 +50,12 @@ ONNX_TYPES = {
 
 
 LIBRARY, PARSER = "libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so.1"
-_links = tempfile.TemporaryDirectory(prefix="tandem-tensorrt-")  # as long as the process
+
+
+@functools.cache
+def _links() -> Any:
+    """A directory as long as the process."""
+    return tempfile.TemporaryDirectory(prefix="tandem-tensorrt-")
 
 
 @functools.cache
@@ -61,14 +66,20 @@ def _rtx() -> Any:
     found = importlib.util.find_spec("tensorrt_rtx_libs")
     if found is None or found.origin is None or importlib.util.find_spec("tensorrt_rtx") is None:
         raise UserError("targets sm_* need TensorRT for RTX, which is not installed; run `make setup`")
-    libraries, folder = Path(found.origin).parent, Path(_links.name)
-    if not (libraries / LIBRARY).exists():
-        if "tensorrt_rtx_libs" in sys.modules:
-            raise UserError(f"{libraries / LIBRARY}: missing, a link to {LIBRARY}.1 that `make setup` makes; run it")
-        (folder / LIBRARY).symlink_to(libraries / f"{LIBRARY}.1")
-        (folder / PARSER).symlink_to(libraries / PARSER)
-        ctypes.CDLL(str(folder / PARSER))
-    trt = importlib.import_module("tensorrt_rtx")
+    libraries = Path(found.origin).parent
+    try:
+        if not (libraries / LIBRARY).exists():
+            if "tensorrt_rtx_libs" in sys.modules:
+                raise UserError(
+                    f"{libraries / LIBRARY}: missing, a link to {LIBRARY}.1 that `make setup` makes; run it"
+                )
+            folder = Path(_links().name)
+            (folder / LIBRARY).symlink_to(libraries / f"{LIBRARY}.1")
+            (folder / PARSER).symlink_to(libraries / PARSER)
+            ctypes.CDLL(str(folder / PARSER))
+        trt = importlib.import_module("tensorrt_rtx")
+    except (ImportError, OSError) as error:
+        raise UserError(f"TensorRT for RTX cannot be loaded ({error}); install it again with `make setup`") from None
     if trt.__version__ != RTX_VERSION:
         raise UserError(
             f"TensorRT for RTX {trt.__version__} is installed, Tandem needs {RTX_VERSION}; run `make setup`"
@@ -103,6 +114,7 @@ class Library:
         trt = self.trt
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         if self.is_rtx:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # nothing is allocated while a round is captured
             config.num_compute_capabilities = len(self.targets)
             for i, target in enumerate(self.targets):
                 config.set_compute_capability(getattr(trt.ComputeCapability, target.replace("sm_", "SM")), i)
@@ -118,7 +130,8 @@ class Library:
 
 
 def network_model(path: Path, formats: Mapping[str, str], words: bool) -> onnx.ModelProto:
-    """The graph of the file with its weights as inputs, as they are on the GPU; nothing else is changed."""
+    """The graph of the file with its weights as inputs, as they are on the GPU. Nothing else is changed, but for a
+    float32 embedding, which is bfloat16 there: its rows become float32 again."""
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     inside = [t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
@@ -128,9 +141,21 @@ def network_model(path: Path, formats: Mapping[str, str], words: bool) -> onnx.M
         kind = onnx.TensorProto.DataType.Name(weight.data_type)
         dtype, shape = device_dtype(weight.name, kind, weight.dims, formats, words)
         graph.input.append(onnx.helper.make_tensor_value_info(weight.name, ONNX_TYPES[dtype], shape))
+        if (kind, dtype) == ("FLOAT", "bfloat16"):
+            _cast_rows(graph, weight.name)
     del graph.initializer[:]
     graph.initializer.extend(inside)
     return model
+
+
+def _cast_rows(graph: onnx.GraphProto, weight: str) -> None:
+    """What is gathered from the weight: float32, as before."""
+    for i, node in reversed(list(enumerate(graph.node))):
+        if node.op_type == "Gather" and node.input[0] == weight:
+            name = f"{node.output[0]}.stored"
+            cast = onnx.helper.make_node("Cast", [name], [node.output[0]], to=onnx.TensorProto.FLOAT)
+            node.output[0] = name
+            graph.node.insert(i + 1, cast)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The TensorRT part of an engine directory: engines, kernels, and what the manifest says of them.
 
-fill(directory, ("sm_120",), config, formats, capacity)      # beside the graphs; -> the manifest's `tensorrt`
+fill(directory, Library.of(("sm_120",)), config, formats, capacity)    # beside the graphs; -> for the manifest
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from engines.network import SCRIPT
 from engines.tensorrt_build import PREFILL_ROWS, ROWS, Library, build_engine, describe_bindings, parse
 from export.bindings import input_specs, output_specs
 from export.config import ModelConfig
+from export.errors import UserError
 from plugins.sampling import cuda as sampling
 
 
@@ -29,7 +30,7 @@ def runtime_kernels(config: ModelConfig) -> list[Kernels]:
 
 def fill(
     directory: Path,
-    targets: tuple[str, ...],
+    library: Library,
     config: ModelConfig,
     formats: Mapping[str, str],
     capacity: int,
@@ -37,8 +38,7 @@ def fill(
 ) -> dict[str, Any]:
     """Builds an engine for every graph of the directory, and the kernels of their plugins for every target.
 
-    Raises UserError: TensorRT is missing or refuses, an op without a plugin, sizes without kernels."""
-    library = Library.of(targets)
+    Raises UserError: TensorRT refuses, an op without a plugin, sizes without kernels."""
     graphs = [graph for graph in ROWS if (directory / f"{graph}.onnx").is_file()]
     described: dict[str, Any] = {}
     kernels = runtime_kernels(config)
@@ -79,4 +79,5 @@ def check_bindings(graph: str, config: ModelConfig, found: dict[str, dict[str, A
             if kind == "outputs":
                 dims = [-1 if seen == -1 else dim for dim, seen in zip(dims, there["shape"], strict=True)]
             wanted = {"dtype": DTYPES[dtype], "shape": dims}
-            assert there == wanted, f"{graph}: {name} is {there}, not {wanted}"
+            if there != wanted:
+                raise UserError(f"{graph}: TensorRT made {name} {there}, not {wanted}; report this")

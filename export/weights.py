@@ -26,7 +26,7 @@ from export.cli import run
 from export.errors import UserError
 
 PIECE = 16 << 20  # bytes in memory at a time
-ALIGNMENT = 64
+ALIGNMENT = 256  # bytes, which TensorRT asks of what it is given
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 # Safetensors dtype -> (bytes per element, torch dtype). Types beyond these are not in any supported layout.

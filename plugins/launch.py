@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 DECODE_ROWS = 8  # calls of up to so many rows take the decoding kernels, whose rows' bits do not depend on the others
 ALIGNMENT = 256  # bytes, of a workspace's parts
+# Of the largest output, what a launch may be off: activations of 16 bits or more, float32 sums; in calls of more rows
+# activations enter or leave as float16, up to three times one after the other.
+DECODE_RTOL, PREFILL_RTOL = 2e-5, 2e-3
 
 Macros = Mapping[str, int | str]
 Shapes = Mapping[str, tuple[int, ...]]

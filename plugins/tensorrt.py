@@ -45,7 +45,8 @@ def register(trt: Any, ops: Iterable[Op], device: Device) -> Plugins:
         if op.launch and op.name not in plugins.creators:
             creator = _creator(trt, op, plugins)
             plugins.creators[op.name] = creator
-            assert trt.get_plugin_registry().register_creator(creator, ""), op.name
+            if not trt.get_plugin_registry().register_creator(creator, ""):
+                raise RuntimeError(f"TensorRT does not register the plugin {op.name}")
     return plugins
 
 
@@ -151,12 +152,16 @@ def _plugin_class(trt: Any, op: Op, plugins: Plugins) -> Callable[[dict[str, Any
             self.num_outputs = len(op.outputs)
             self.plugin_name, self.plugin_version, self.plugin_namespace = op.name, VERSION, ""
             self.attributes = attributes
+            # Those of the engine that is being loaded: another one may be, later.
+            self.device, self.module = plugins.device, plugins.module
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
 
         def clone(self) -> Any:
-            return Plugin(dict(self.attributes))
+            copy = Plugin(dict(self.attributes))
+            copy.device, copy.module = self.device, self.module
+            return copy
 
         def get_fields_to_serialize(self) -> Any:
             return trt.PluginFieldCollection(_fields(trt, self.attributes))
@@ -206,7 +211,7 @@ def _plugin_class(trt: Any, op: Op, plugins: Plugins) -> Callable[[dict[str, Any
                 name: argument(trt, tensor.desc.type, tensor.max, 0).shape
                 for name, tensor in zip(op.inputs, inputs, strict=True)
             }
-            return launch.workspace(self.attributes, shapes, plugins.device)
+            return launch.workspace(self.attributes, shapes, self.device)
 
         # ---- running ----
 
@@ -239,6 +244,6 @@ def _plugin_class(trt: Any, op: Op, plugins: Plugins) -> Callable[[dict[str, Any
             for name, source in launch.aliases.items():
                 if made[name].address != given[source].address:
                     raise RuntimeError(f"{op.name}: {name} is not written over {source}; bind both to one buffer")
-            launch.run(Call(self.attributes, given, made, plugins.device, plugins.module, workspace, stream))
+            launch.run(Call(self.attributes, given, made, self.device, self.module, workspace, stream))
 
     return Plugin

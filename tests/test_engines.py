@@ -50,7 +50,7 @@ from tests.emulator import EmulatedModule
 from tests.test_cuda_model import ALL_EXPERTS, MOE, SIZES, StepwiseDecoder, assert_close_on_average, decode
 
 ROOT = Path(__file__).parents[1]
-TARGET = "sm_120"
+TARGET, BIN = "sm_120", Path(sys.executable).parent
 DTYPES = {"int32": "INT32", "float32": "FLOAT", "float16": "HALF"}
 
 
@@ -408,6 +408,67 @@ def test_a_kernel_that_was_not_stored_is_named(demo: Path, tmp_path: Path) -> No
     name = file_name(TARGET, sampling.SOURCE, {"HIDDEN": 1})
     with pytest.raises(UserError, match=name):
         KernelStore(tmp_path, TARGET).module(sampling.SOURCE, {"HIDDEN": 1})
+
+
+@pytest.mark.parametrize("change", [{"tensorrt": {}}, {"tensorrt": {"targets": ["sm_120"]}}, {"files": None}])
+def test_an_incomplete_manifest_is_one_line(altered: Path, change: dict[str, Any]) -> None:
+    rewrite(altered, **change)
+    with pytest.raises(UserError, match=r"not a manifest of this version.*make engines"):
+        Manifest.read(altered)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim"),
+        ({"moe_intermediate_size": 48}, "moe_intermediate_size: 48"),
+        ({"hidden_size": 1 << 15}, "too wide for its 99 KB"),
+    ],
+    ids=["convolution", "experts", "width"],
+)
+def test_sizes_without_kernels_fail_the_build_at_once(tmp_path: Path, overrides: dict[str, Any], words: str) -> None:
+    sizes: dict[str, Any] = {**SIZES, **MOE, **overrides}
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(**sizes)))
+    with pytest.raises(UserError, match=words):
+        build(tmp_path, tmp_path / "out", TARGET, weights=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_float32_checkpoints_build(tmp_path: Path) -> None:
+    """Their embedding is bfloat16 on the GPU: its rows become float32 again."""
+    sizes: dict[str, Any] = {**SIZES, **MOE}
+    config = tiny_config(**sizes)
+    write_checkpoint(tmp_path / "checkpoint", config, random_state(config, 0), "float", dtype="F32")
+    manifest = build(tmp_path / "checkpoint", tmp_path / "out", TARGET, capacity=128)
+    assert manifest.tensorrt["graphs"]["main.verify"]["inputs"]["embed_tokens.weight"]["dtype"] == "BF16"
+    (tmp_path / "out" / "__pycache__").mkdir()  # Polygraphy imports the directory's network.py
+    build(tmp_path / "checkpoint", tmp_path / "out", TARGET, capacity=128)
+
+
+def test_no_gpu_needs_more_workspace_than_was_reserved() -> None:
+    """Engines reserve for more multiprocessors than there are; the runtime passes no more shared memory than then."""
+    op = next(op for op in OPS if op.name == "GatedAttention")
+    attributes = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 256, "rotary_dim": 64, "cache_dtype": "float16"}
+    shapes = {"q_gate": (8, 8192), "kv_cache": (2, 2, 262208, 256)}
+    for targets in (("sm_80",), ("sm_80", "sm_86"), ("sm_120",)):
+        room = Library(None, targets).device
+        assert op.launch
+        reserved = op.launch.workspace(attributes, shapes, room)
+        for multiprocessors in (20, 82, 108, 132, 170, 192):
+            real = Device(multiprocessors, room.shared_bytes)
+            assert op.launch.workspace(attributes, shapes, real) <= reserved
+
+
+def test_the_readme_s_conversion_builds_an_engine(demo: Path, tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    command = readme[readme.index("    GRAPH=mtp.draft") :].split("\n\n")[0]
+    command = command.replace("\\\n", " ").replace("build/demo/sm_120", str(demo / TARGET))
+    command = command.replace("build/mtp.draft.engine", str(tmp_path / "x.engine")).replace(".venv/bin/", f"{BIN}/")
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert (tmp_path / "x.engine").stat().st_size > 1 << 16
 
 
 # ---- full size ----

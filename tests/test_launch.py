@@ -23,7 +23,7 @@ from plugins.gated_delta_net.cuda import RING, Sizes
 from plugins.gated_delta_net.launch import RING_LAUNCH, RING_PREFILL_LAUNCH
 from plugins.gated_delta_net.ring import GATED_DELTA_NET_RING, GATED_DELTA_NET_RING_PREFILL
 from plugins.kernels import compile_kernels
-from plugins.launch import DECODE_ROWS, Argument, Call, Device, Launch
+from plugins.launch import DECODE_ROWS, DECODE_RTOL, PREFILL_RTOL, Argument, Call, Device, Launch
 from plugins.linear import FLOAT_LINEAR, FP8_LINEAR, NVFP4_LINEAR, random_nvfp4
 from plugins.moe_experts import FLOAT_MOE_EXPERTS, NVFP4_MOE_EXPERTS, float_weights, nvfp4_weights
 from plugins.moe_routing import MOE_ROUTING
@@ -32,7 +32,7 @@ from plugins.rms_norm import RMS_NORM
 from plugins.rms_norm import reference as rms_norm
 from tests.backends import BACKENDS, Backend
 
-RTOL, HALF_RTOL = 2e-5, 2e-3
+RTOL, HALF_RTOL = DECODE_RTOL, PREFILL_RTOL
 DEVICE = Device(multiprocessors=3, shared_bytes=200 << 10)
 EPSILON = 1e-6
 BY_ROW = ("x", "topk_weights", "topk_ids", "qkv_in", "z", "b", "a", "q_gate", "k", "v")  # inputs of as many rows
