@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from engines import open_engine
+from engines import Engine, open_engine
 from export.bindings import GRAPHS
 from export.cli import Parser, progress, run, say
 from export.errors import UserError
@@ -30,25 +30,45 @@ from runtime.tokenizer import Tokenizer
 DEMO = Path("build/demo/cpu")
 
 
-def parse() -> argparse.Namespace:
-    parser = Parser(prog="python -m runtime.decode", description=__doc__.split("\n")[0])
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """The flags of `engine_of`."""
     parser.add_argument("--engines", type=Path, default=DEMO, metavar="DIR", help=f"engine directory (default {DEMO})")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT")
-    source.add_argument("--prompt-file", type=Path, metavar="FILE")
-    source.add_argument("--token-ids", metavar="IDS", help='the prompt as token ids, "1 2 3"; needs no tokenizer')
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--mtp-k", type=int, default=2, metavar="K", help="drafts per round, 0: none (default 2)")
-    for field in dataclasses.fields(SamplingConfig):
-        kind = int if field.type == "int" else float
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=kind, default=field.default, metavar="X", help=f"default {field.default}")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after a stop id")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: one per core)")
     parser.add_argument(
         "--draft-vocab", type=int, default=0, metavar="N", help="GPU: draft from the first N entries only"
     )
     parser.add_argument("--fp8-cache", action="store_true", help="GPU: keys and values in eight bits")
+
+
+def engine_of(options: argparse.Namespace) -> Engine:
+    if options.engines == DEMO and not DEMO.exists():
+        raise UserError(f"{DEMO}: the demo's engines are not built; run `make demo`, or name others with --engines")
+    return open_engine(options.engines, options.threads, draft_vocab=options.draft_vocab, fp8_cache=options.fp8_cache)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are found: --mtp-k, and the flags of `sampler_of`."""
+    parser.add_argument("--mtp-k", type=int, default=2, metavar="K", help="drafts per round, 0: none (default 2)")
+    for field in dataclasses.fields(SamplingConfig):
+        kind = int if field.type == "int" else float
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=kind, default=field.default, metavar="X", help=f"default {field.default}")
+
+
+def sampler_of(options: argparse.Namespace) -> Sampler:
+    return Sampler(SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)}))
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(prog="python -m runtime.decode", description=__doc__.split("\n")[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE")
+    source.add_argument("--token-ids", metavar="IDS", help='the prompt as token ids, "1 2 3"; needs no tokenizer')
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    add_sampling(parser)
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after a stop id")
+    add_engine(parser)
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write one JSON line per round")
     return parser.parse_args()
@@ -114,10 +134,7 @@ def report(result: dict[str, Any], prompt_tokens: int, rounds: list[Round]) -> N
 
 def main() -> None:
     options = parse()
-    sampler = Sampler(SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)}))
-    if options.engines == DEMO and not DEMO.exists():
-        raise UserError(f"{DEMO}: the demo's engines are not built; run `make demo`, or name others with --engines")
-    engine = open_engine(options.engines, options.threads, draft_vocab=options.draft_vocab, fp8_cache=options.fp8_cache)
+    sampler, engine = sampler_of(options), engine_of(options)
     # With --token-ids a tokenizer is welcome, for the text, and not needed.
     has_tokenizer = options.token_ids is None or (options.engines / "tokenizer.json").is_file()
     tokenizer = Tokenizer(options.engines) if has_tokenizer else None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -40,36 +40,69 @@ class Round(NamedTuple):
     seconds: float
 
 
+class Decoding(Protocol):
+    """One sequence on one engine: a `prefill`, then rounds, then perhaps a further prefill, and so on.
+
+    position: of the last sampled token, which no graph has seen yet; the caches hold those before it."""
+
+    mtp_k: int
+    position: int
+
+    def reset(self) -> None:
+        """Forget the sequence: the next prefill is its first."""
+
+    def prefill(self, prompt: Sequence[int], update: Callable[[float, float], None] | None = None) -> int:
+        """Run tokens through the model from `position` on, in place of the last sampled one, and sample the next."""
+
+    def round(self, count: int) -> tuple[list[int], list[int]]:
+        """One round with `count` drafts -> (drafts, the tokens they became: one more than were accepted)."""
+
+    def cut(self, kept: int) -> None:
+        """Take back what the last round emitted beyond its first `kept` tokens: nothing of it is left."""
+
+
 class Decoder:
-    """One sequence on one engine. `prefill` once, then `round` as often as wanted."""
+    """The Decoding that is easy to read, for any engine."""
 
     def __init__(
         self, engine: Engine, capacity: int, mtp_k: int, sampler: Sampler, drafter: Sampler | None = None
     ) -> None:
         """drafter: how drafts are drawn, by default with the sampler's own noise; the text does not depend on it."""
         self.engine, self.mtp_k, self.sampler, self.drafter = engine, mtp_k, sampler, drafter or sampler
-        engine.start(-(-capacity // CACHE_BLOCK) * CACHE_BLOCK, window=mtp_k + 1)
+        self.capacity = -(-capacity // CACHE_BLOCK) * CACHE_BLOCK
+        self.reset()
+
+    def reset(self) -> None:
+        self.engine.start(self.capacity, window=self.mtp_k + 1)
+        self.position = 0  # of the last sampled token, which no graph has seen yet
+        self.accepted = 0  # rows of the pending window to commit
+        # What the head has not seen: true hidden states and the tokens that followed them.
+        self.head_hidden = np.empty((0, self.engine.manifest.config.hidden_size), np.float32)
+        self.head_tokens: list[int] = []
 
     def prefill(self, prompt: Sequence[int], update: Callable[[float, float], None] | None = None) -> int:
-        """Run the prompt through the model in chunks and sample the first token."""
-        tokens = np.asarray(prompt, np.int64)
-        carry = np.empty((0, self.engine.manifest.config.hidden_size), np.float32)
+        """Run the prompt through the model in chunks and sample the first token. After rounds it goes on at `position`;
+        the first call commits what is pending."""
+        tokens, begin = np.asarray(prompt, np.int64), self.position
+        if self.mtp_k and self.head_tokens:
+            following = np.asarray([*self.head_tokens[:-1], tokens[0]], np.int64)
+            self.engine.mtp_prefill(following, self.head_hidden, begin - len(following))
+        carry = self.head_hidden[:0]
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            hidden, logits = self.engine.prefill(chunk, start, accepted=0)
+            hidden, logits = self.engine.prefill(chunk, begin + start, self.accepted)
+            self.accepted = 0
             if self.mtp_k:
                 # Row p of the head pairs hidden p with token p + 1, so it lags one row behind, across chunks too.
                 first = start - len(carry)
                 rows = np.concatenate([carry, hidden])
                 if len(rows) > 1:
-                    self.engine.mtp_prefill(tokens[first + 1 : start + len(chunk)], rows[:-1], first)
+                    self.engine.mtp_prefill(tokens[first + 1 : start + len(chunk)], rows[:-1], begin + first)
                 carry = rows[-1:]
             if update:
                 update(start + len(chunk), len(tokens))
-        self.position = len(tokens)  # of the last sampled token, which no graph has seen yet
+        self.position = begin + len(tokens)
         self.last = self.sampler.sample(logits[0], self.position)
-        self.accepted = 0  # rows of the pending window to commit
-        # What the head has not seen: true hidden states and the tokens that followed them.
         self.head_hidden, self.head_tokens = carry, [self.last]
         return self.last
 
@@ -103,14 +136,31 @@ class Decoder:
         self.last = tokens[-1]
         return drafts, tokens
 
+    def cut(self, kept: int) -> None:
+        dropped = self.accepted - kept
+        assert kept > 0 and dropped >= 0
+        if dropped:  # rows that are not committed yet: enough to commit fewer
+            self.accepted, self.position = kept, self.position - dropped
+            self.head_hidden, self.head_tokens = self.head_hidden[:-dropped], self.head_tokens[:-dropped]
+            self.last = self.head_tokens[-1]
 
-def open_decoder(engine: Engine, capacity: int, mtp_k: int, sampler: Sampler, drafter: Sampler | None = None) -> Any:
-    """A Decoder, or on a GPU the one whose rounds are CUDA graphs, which does the same."""
+
+def open_decoder(
+    engine: Engine,
+    capacity: int,
+    mtp_k: int,
+    sampler: Sampler,
+    drafter: Sampler | None = None,
+    continued: bool = False,
+) -> Decoding:
+    """A Decoder, or on a GPU the one whose rounds are CUDA graphs, which does the same. continued: there will be a
+    `cut` or a second prefill; on a GPU a round is then launched only once the one before is read."""
     if engine.manifest.target == "cpu":
         return Decoder(engine, capacity, mtp_k, sampler, drafter)
-    from runtime.graph import GraphDecoder  # brings torch, which other targets decode without
+    from runtime.graph import IN_FLIGHT, GraphDecoder  # brings torch, which other targets decode without
 
-    return GraphDecoder(cast(Any, engine), capacity, mtp_k, sampler, drafter)
+    in_flight = 1 if continued else IN_FLIGHT
+    return GraphDecoder(cast(Any, engine), capacity, mtp_k, sampler, drafter, in_flight=in_flight)
 
 
 def check_request(engine: Engine, prompt: Sequence[int], max_new_tokens: int, mtp_k: int) -> None:
@@ -147,13 +197,30 @@ def generate(
     check_request(engine, prompt, max_new_tokens, mtp_k)
     start = time.perf_counter()
     decoder = open_decoder(engine, len(prompt) + max_new_tokens, mtp_k, sampler, drafter)
+    opening = time.perf_counter() - start
+    rounds = answer(decoder, prompt, max_new_tokens, stop_ids, update)
+    first = next(rounds)
+    yield first._replace(seconds=first.seconds + opening)
+    yield from rounds
+
+
+def answer(
+    decoder: Decoding,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    update: Callable[[float, float], None] | None = None,
+) -> Iterator[Round]:
+    """A prefill at the decoder's position, and rounds until a stop id, which is emitted, or max_new_tokens."""
+    start = time.perf_counter()
     token = decoder.prefill(prompt, update)
-    yield Round(len(prompt), (), 0, (token,), time.perf_counter() - start)
+    yield Round(decoder.position, (), 0, (token,), time.perf_counter() - start)
     left = max_new_tokens - 1
     stopped = token in stop_ids
     while left and not stopped:
         start, position = time.perf_counter(), decoder.position + 1
-        drafts, tokens = decoder.round(min(mtp_k, left - 1))  # never more drafts than there are places left
+        # Never more drafts than there are places left.
+        drafts, tokens = decoder.round(min(decoder.mtp_k, left - 1))
         end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), None)
         stopped = end is not None
         emitted = tokens[:end]

@@ -20,6 +20,8 @@ from engines.build import build
 from engines.manifest import Manifest
 from runtime.rounds import Decoder, generate
 from runtime.sampling import Sampler, SamplingConfig
+from runtime.session import Session
+from runtime.template import ChatTemplate
 from runtime.tokenizer import Tokenizer
 from tests.checkpoints import random_state, tiny_config, write_checkpoint
 
@@ -106,6 +108,20 @@ class TestOnGpu:
         plain = decode(engine, prompt, 256, 0, sampling)
         for mtp_k in (1, 2, 3, 4, 7):
             assert decode(engine, prompt, 256, mtp_k, sampling) == plain
+
+    def test_a_conversation_does_not_depend_on_drafts(self, engine: Any, demo: Path) -> None:
+        seen = []
+        for mtp_k in (0, 2, 4):
+            sampler = Sampler(SamplingConfig(temperature=0.8, seed=3))
+            talk = Session(engine, Tokenizer(demo / "cpu"), ChatTemplate(demo / "cpu"), sampler, mtp_k, capacity=1024)
+            messages: list[dict[str, Any]] = []
+            for text in ("Write a function that adds two numbers.", "Now one that multiplies.", "And a class."):
+                messages.append({"role": "user", "content": text})
+                list(talk.say(messages, 60))
+                seen.append((talk.tokens, talk.reused))
+                messages.append(talk.reply())
+            assert talk.reused > 0
+        assert seen[:3] == seen[3:6] == seen[6:]
 
     def test_greedy_text_is_that_of_the_cpu_target(self, engine: Any, demo: Path, prompt: list[int]) -> None:
         cpu = open_engine(demo / "cpu")
