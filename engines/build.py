@@ -36,7 +36,6 @@ from export.errors import UserError
 from export.trace import trace
 
 TARGETS = ("cpu", "cuda", "tensorrt", *RTX)
-VERSIONS = ("torch", "onnx", "onnxruntime", "tensorrt-rtx", "nvidia-cuda-nvrtc")  # the last two of TensorRT targets
 EXPAND_BELOW = 1 << 30  # bytes of float32 weights up to which they are unpacked at load
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -144,7 +143,7 @@ def _fill(
         has_mtp=checkpoint.has_mtp,
         expanded=expanded,
         capacity=capacity,
-        versions={name: importlib.metadata.version(name) for name in VERSIONS[: 5 if library else 3]},
+        versions={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")},
         source=source,
         files=files,
         has_weights=not isinstance(checkpoint, PlannedCheckpoint),

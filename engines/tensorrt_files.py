@@ -16,6 +16,7 @@ from engines.tensorrt_build import PREFILL_ROWS, ROWS, Library, build_engine, de
 from export.bindings import input_specs, output_specs
 from export.config import ModelConfig
 from export.errors import UserError
+from plugins.kernels import compiler_version
 from plugins.sampling import cuda as sampling
 
 
@@ -58,6 +59,7 @@ def fill(
     return {
         "package": library.trt.__name__,
         "version": library.trt.__version__,
+        "compiler": f"NVRTC {compiler_version()}",
         "targets": list(library.targets),
         "words": library.words,
         "plugin_version": plugin_version(),

@@ -44,6 +44,10 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
+def compiler_version() -> str:
+    return ".".join(map(str, _check(_nvrtc().nvrtcVersion())))
+
+
 def compile_kernels(source: Path, arch: str, defines: Mapping[str, int | str]) -> bytes:
     """The cubin of one source for an architecture such as "sm_90". Raises CompileError, UserError without NVRTC."""
     nvrtc = _nvrtc()
