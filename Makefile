@@ -23,7 +23,7 @@ setup: .venv/ready
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Tandem needs Python 3.11 or newer: make PYTHON=…')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	cd .venv/lib/python3*/site-packages/tensorrt_rtx_libs && ln -sf libtensorrt_rtx.so.1 libtensorrt_rtx.so  # what its parser opens
+	@for d in .venv/lib/python3*/site-packages/tensorrt_rtx_libs; do test ! -d $$d || ln -sf libtensorrt_rtx.so.1 $$d/libtensorrt_rtx.so; done  # what its parser opens
 	touch $@
 
 engines: setup
