@@ -8,6 +8,8 @@ same launches (runtime/graph.py). Weights are loaded once, for the main model an
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from engines import Floats, Tokens
-from engines.cuda_memory import slots
+from engines.cuda_memory import PREFILL_CHUNK, slots
 from engines.cuda_model import CudaModel, Gpu, Options
 from engines.cuda_prefill import Prefill
 from engines.cuda_weights import DeviceWeights
@@ -24,7 +26,15 @@ from export.cli import progress
 from export.errors import UserError
 from plugins.sampling import cuda as sampling_cuda
 
-PREFILL_CHUNK = 2048
+
+@contextlib.contextmanager
+def loading(directory: Path) -> Iterator[Callable[[float, float], None]]:
+    """Yields the progress of loading the directory's weights. Raises UserError: they do not fit the GPU's memory."""
+    try:
+        with progress("loading the weights") as update:
+            yield update
+    except torch.OutOfMemoryError:
+        raise UserError(f"{directory}: the GPU's memory does not hold the weights; close what uses it") from None
 
 
 class CudaEngine:
@@ -38,14 +48,9 @@ class CudaEngine:
         if directory:
             if self.manifest.target != "cuda":
                 raise UserError(f"{directory}: engines for {self.manifest.target}, this runs the cuda target only")
-            try:
-                with progress("loading the weights") as update:
-                    weights = DeviceWeights.load(directory / WEIGHTS, self.manifest.formats, update)
+            with loading(directory) as update:
+                weights = DeviceWeights.load(directory / WEIGHTS, self.manifest.formats, update)
                 self.model = CudaModel(self.manifest.config, weights, options or Options())
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"{directory}: the GPU's memory does not hold the weights; close what uses it"
-                ) from None
 
     @classmethod
     def of(cls, model: CudaModel, manifest: Manifest) -> CudaEngine:
@@ -114,7 +119,7 @@ class CudaEngine:
         self._put(self.model.buffers.head_tokens, token_ids)
         self._put(self.model.buffers.hidden, hidden)
         self.model.draft(len(token_ids), 0)
-        return self.model.drafted.cpu().numpy(), self.model.buffers.draft_logits.cpu().numpy()
+        return self.model.buffers.head_hidden.cpu().numpy(), self.model.buffers.draft_logits.cpu().numpy()
 
     def state(self) -> dict[str, Floats]:
         """KV caches and recurrent states; the pending rows are in the rings, by position."""

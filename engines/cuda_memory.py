@@ -13,6 +13,7 @@ from export.config import FULL, ModelConfig
 from plugins.gated_delta_net import cuda as gdn
 from plugins.sampling import cuda as sampling_cuda
 
+PREFILL_CHUNK = 2048  # rows of one prefill call
 SLACK = 64  # a round writes all its drafts, and one more is launched before its end is seen
 DEVICE = "cuda"  # tests put whole models on the "cpu", where tests/emulator.py runs the kernels
 

@@ -28,7 +28,7 @@ from plugins.gated_attention import inverse_frequencies
 from plugins.gated_delta_net import cuda as gdn
 from plugins.kernels import Module, cached_kernels
 from plugins.linear import cuda as linear
-from plugins.linear.cuda import ADD, FORMATS, MAX_ROWS, SWIGLU, Ahead, Input, Segment
+from plugins.linear.cuda import ADD, FORMATS, MAX_EXPERTS, MAX_ROWS, MAX_TOP_K, SWIGLU, Ahead, Input, Segment
 from plugins.moe_experts import cuda as experts
 from plugins.sampling import cuda as sampling_cuda
 
@@ -75,11 +75,10 @@ class Gpu:
         return large, total - SPARE_SHARED - large
 
     @classmethod
-    def current(cls, what: str = "the cuda target") -> Gpu:
-        """Raises UserError: no GPU, or one that is too old."""
+    def current(cls, what: str = "the cuda target needs") -> Gpu:
+        """what: the beginning of what is said without one. Raises UserError: no GPU, or one that is too old."""
         if not torch.cuda.is_available():
-            verb = "need" if what.startswith("engines") else "needs"
-            raise UserError(f"{what} {verb} an NVIDIA GPU, and none is here; use engines of the cpu target")
+            raise UserError(f"{what} an NVIDIA GPU, and none is here; use engines of the cpu target")
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < LEAST_CAPABILITY:
             raise UserError(f"this GPU has compute capability {major}.{minor}; Tandem needs 8.0 or later")
@@ -110,10 +109,10 @@ def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
         inputs |= {"linear_num_value_heads * linear_value_head_dim": c.value_dim}
     for name, size in inputs.items():
         linear.check_k(size, "nvfp4" if "nvfp4" in formats.values() else "float", name)
-    if c.num_experts > experts.MAX_EXPERTS or c.num_experts_per_tok > experts.MAX_TOP_K:
+    if c.num_experts > MAX_EXPERTS or c.num_experts_per_tok > MAX_TOP_K:
         raise UserError(
             f"{c.num_experts_per_tok} of {c.num_experts} experts a token: the kernels take at most "
-            f"{experts.MAX_TOP_K} of {experts.MAX_EXPERTS}; use cpu"
+            f"{MAX_TOP_K} of {MAX_EXPERTS}; use cpu"
         )
     for name, size, largest in (
         ("head_dim", c.head_dim, 256),
@@ -216,11 +215,6 @@ class CudaModel:
         if self.recorded is not None:
             self.recorded.append((name, call))
         call()
-
-    @property
-    def drafted(self) -> Tensor:
-        """The hidden state of the first draft's row [1, H]."""
-        return self.buffers.head_hidden
 
     def warm_up(self, mtp_k: int) -> None:
         """Before a round is captured: nothing is left to do once kernels are loaded."""

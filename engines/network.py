@@ -34,6 +34,6 @@ def load(directory: Path) -> tuple[Any, Any, Any]:
     if graph not in ROWS or not (directory / f"{graph}.onnx").is_file():
         raise UserError(f"GRAPH={graph}: no such graph in {directory}; one of {', '.join(ROWS)}")
     manifest = Manifest.read(directory)
-    library = Library.of(tuple(manifest.tensorrt["targets"]))
+    library = Library.of(tuple(manifest.target.split(",")))
     parsed = parse(library, directory / f"{graph}.onnx", manifest.formats, slots(manifest.capacity))
     return parsed.builder, parsed.network, parsed.parser

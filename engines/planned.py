@@ -5,15 +5,13 @@ For building engines that hold no weights before, or without, a download. Has wh
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 from engines.cuda_weights import synthetic_modules, synthetic_vectors
 from export.checkpoint import TensorSpec
 from export.config import ModelConfig
-from export.weights import DTYPES
+from export.weights import write_hole
 
 
 class PlannedCheckpoint:
@@ -45,13 +43,4 @@ class PlannedCheckpoint:
 
     def write_weights(self, path: Path, progress: Callable[[int, int], None] | None = None) -> None:
         """The header of a weights file, for the graphs to point into; its data is a hole."""
-        entries, at = {}, 0
-        for name, spec in self.tensors.items():
-            size = math.prod(spec.shape) * DTYPES[spec.dtype][0]
-            entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + size]}
-            at += size
-        header = json.dumps(entries).encode()
-        header += b" " * (-len(header) % 8)
-        with path.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + at)
+        write_hole(path, ((name, spec.dtype, spec.shape) for name, spec in self.tensors.items()))

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from engines import cuda_memory
-from engines.cuda import CudaEngine
+from engines.cuda import CudaEngine, loading
 from engines.cuda_memory import RoundBuffers, State, floats, integers, octets
 from engines.cuda_model import CudaModel, Gpu, Options, Sample
 from engines.cuda_weights import DeviceWeights, device_dtype
 from engines.kernel_store import KernelStore, plugin_version
 from engines.manifest import WEIGHTS, Manifest
-from engines.tensorrt_build import RTX, Library
+from engines.tensorrt_build import RTX, Library, log_of
 from engines.tensorrt_files import engine_file
 from export.bindings import input_specs, output_specs
-from export.cli import progress
 from export.config import ModelConfig
 from export.errors import UserError
 from export.trace import ONNX_DTYPES
@@ -55,8 +54,9 @@ class EngineExecution:
     own, which a call before the capture has made ready. Raises UserError: TensorRT does not take it."""
 
     def __init__(self, trt: Any, path: Path, captured: bool) -> None:
-        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        self.log = log_of(trt)
+        self.runtime = trt.Runtime(self.log.logger)
+        self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise UserError(f"{path}: TensorRT {trt.__version__} cannot load it on this GPU; {REBUILD}")
         self.trt, self.path, self.captured = trt, path, captured
@@ -103,7 +103,7 @@ class EngineExecution:
         if self.captured and not capturing and not context.is_stream_capturable(stream):
             raise UserError(f"{self.path}: cannot be captured into a CUDA graph; {REBUILD}")
         if not context.execute_async_v3(stream):
-            raise RuntimeError(f"{self.path}: TensorRT did not run it; its own message is above")
+            raise RuntimeError(f"{self.path}: TensorRT did not run it ({self.log.reason})")
 
 
 class TensorRtModel(CudaModel):
@@ -129,7 +129,7 @@ class TensorRtModel(CudaModel):
         self.sampling_scratch = octets(self.sampling.scratch_bytes(rows))
         self.scalars = integers(2 * ALIGNED).view(2, ALIGNED)  # position and accepted, aligned
         self.one = integers(1) + 1
-        self.chained = floats(2, 1, self.config.hidden_size)  # the head's own hidden states, in turn
+        self.chained = self.buffers.head_hidden, floats(1, self.config.hidden_size)  # the head's own, in turn
 
     def execute(self, graph: str, **tensors: Tensor) -> None:
         """tensors: rows by binding name, `next_hidden` for next.hidden. States and weights are bound here."""
@@ -150,10 +150,6 @@ class TensorRtModel(CudaModel):
             else:
                 bound[name] = self.state.recurrent[layer][("recurrent_state", "ring").index(kind)]
         self.executions[graph]({**self.weights.tensors, **bound})
-
-    @property
-    def drafted(self) -> Tensor:
-        return self.chained[0]
 
     def word(self, word: int) -> Tensor:
         return self.buffers.control[word : word + 1]
@@ -237,12 +233,12 @@ class TensorRtEngine(CudaEngine):
     def __init__(self, directory: Path, manifest: Manifest | None = None) -> None:
         self.manifest = manifest or Manifest.read(directory)
         check_built(directory, self.manifest)
-        gpu = Gpu.current(f"engines for {self.manifest.target}")
+        gpu = Gpu.current(f"engines for {self.manifest.target} need")
         targets = self.manifest.tensorrt["targets"]
         if gpu.arch not in targets:
             mend = f"{REBUILD} TARGET={gpu.arch if gpu.arch in RTX else 'cuda'}"
             raise UserError(f"{directory}: built for {', '.join(targets)}, this GPU is {gpu.arch}; {mend}")
-        library = Library.of(("tensorrt",) if self.manifest.target == "tensorrt" else tuple(targets))
+        library = Library.of(tuple(self.manifest.target.split(",")))
         check_library(directory, self.manifest, library)
         room = library.device  # what workspaces were sized for
         shared, count = min(gpu.shared_bytes, room.shared_bytes), min(gpu.multiprocessors, room.multiprocessors)
@@ -254,12 +250,9 @@ class TensorRtEngine(CudaEngine):
             graph: EngineExecution(library.trt, directory / engine_file(graph), not graph.endswith("prefill"))
             for graph in self.manifest.tensorrt["graphs"]
         }
-        try:
-            with progress("loading the weights") as update:
-                weights = DeviceWeights.load(directory / WEIGHTS, self.manifest.formats, update)
-        except torch.OutOfMemoryError:
-            raise UserError(f"{directory}: the GPU's memory does not hold the weights; close what uses it") from None
-        weights.tensors = {n: t.clone() if t.data_ptr() % ALIGNED else t for n, t in weights.tensors.items()}  # few
+        with loading(directory) as update:
+            weights = DeviceWeights.load(directory / WEIGHTS, self.manifest.formats, update)
+            weights.tensors = {n: t.clone() if t.data_ptr() % ALIGNED else t for n, t in weights.tensors.items()}  # few
         self.model = TensorRtModel(config, weights, executions, store.module)
 
     cache_hint = ""

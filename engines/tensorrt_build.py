@@ -24,9 +24,10 @@ from typing import Any
 
 import onnx
 
+from engines.cuda_memory import PREFILL_CHUNK
 from engines.cuda_weights import device_dtype
 from engines.kernel_store import Kernels
-from export.bindings import CACHE_BLOCK
+from export.bindings import CACHE_BLOCK, GRAPHS
 from export.errors import UserError
 from plugins import DOMAIN, OPS
 from plugins.launch import DECODE_ROWS, Device
@@ -36,8 +37,7 @@ RTX = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")  # targets of TensorRT for
 WITH_FP4 = ("sm_120", "sm_121")
 SHARED_BYTES = {"sm_80": 163 << 10}  # of a block; 99 KB on the others
 MULTIPROCESSORS = 256  # more than any GPU of these targets has: workspaces are sized for it
-PREFILL_ROWS = 2048  # of one call
-ROWS = {"main.prefill": PREFILL_ROWS, "main.verify": DECODE_ROWS, "mtp.prefill": PREFILL_ROWS, "mtp.draft": DECODE_ROWS}
+ROWS = {graph: PREFILL_CHUNK if graph.endswith("prefill") else DECODE_ROWS for graph in GRAPHS}  # of one call, at most
 RTX_VERSION = "1.7.1.116"
 
 ONNX_TYPES = {
@@ -159,12 +159,12 @@ def _cast_rows(graph: onnx.GraphProto, weight: str) -> None:
 
 
 @functools.cache
-def _log(trt: Any) -> _Log:
+def log_of(trt: Any) -> Log:
     """TensorRT keeps the first logger that it sees: there is one, as long as the process."""
-    return _Log(trt)
+    return Log(trt)
 
 
-class _Log:
+class Log:
     """TensorRT's messages: errors are kept for the exception, the rest is dropped."""
 
     def __init__(self, trt: Any) -> None:
@@ -202,7 +202,7 @@ def parse(library: Library, path: Path, formats: Mapping[str, str], capacity: in
     """Raises UserError: an op without a registered plugin, one that became no plugin layer, a graph that TensorRT
     cannot read, sizes without kernels."""
     trt, graph = library.trt, path.name.removesuffix(".onnx")
-    log = _log(trt)
+    log = log_of(trt)
     log.errors.clear()
     register(trt, OPS, library.device)
     model = network_model(path, formats, library.words)
@@ -250,7 +250,7 @@ def build_engine(library: Library, path: Path, parsed: Network, capacity: int) -
     profile = parsed.builder.create_optimization_profile()
     rows = ROWS[graph]
     ranges = {
-        "T": (1, min(rows, 512) if rows == PREFILL_ROWS else 3, rows),
+        "T": (1, 512 if rows == PREFILL_CHUNK else 3, rows),
         "S": (CACHE_BLOCK, min(4096, capacity), capacity),
     }
     for i in range(parsed.network.num_inputs):

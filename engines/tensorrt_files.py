@@ -12,7 +12,7 @@ from typing import Any
 from engines.cuda_memory import slots
 from engines.kernel_store import Kernels, plugin_version, store
 from engines.network import SCRIPT
-from engines.tensorrt_build import PREFILL_ROWS, ROWS, Library, build_engine, describe_bindings, parse
+from engines.tensorrt_build import ROWS, Library, build_engine, describe_bindings, parse
 from export.bindings import input_specs, output_specs
 from export.config import ModelConfig
 from export.errors import UserError
@@ -46,11 +46,12 @@ def fill(
     for i, graph in enumerate(graphs):
         update(i, len(graphs) + len(library.targets))
         parsed = parse(library, directory / f"{graph}.onnx", formats, slots(capacity))
-        check_bindings(graph, config, describe_bindings(parsed))
+        bindings = describe_bindings(parsed)
+        check_bindings(graph, config, bindings)
         plan = build_engine(library, directory / f"{graph}.onnx", parsed, slots(capacity))
         (directory / engine_file(graph)).write_bytes(plan)
         kernels += parsed.kernels
-        described[graph] = {"plugins": parsed.counts, "rows": ROWS[graph], **describe_bindings(parsed)}
+        described[graph] = {"plugins": parsed.counts, "rows": ROWS[graph], **bindings}
     (directory / "network.py").write_text(SCRIPT)
     files: dict[str, Any] = {}
     for i, target in enumerate(library.targets):
@@ -63,7 +64,6 @@ def fill(
         "targets": list(library.targets),
         "words": library.words,
         "plugin_version": plugin_version(),
-        "prefill_rows": PREFILL_ROWS,
         "graphs": described,
         "kernels": files,
     }

@@ -15,7 +15,7 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,7 +253,7 @@ def _load(path: Path, entry: Entry) -> torch.Tensor:
 
 
 def order_for_alignment(outputs: Sequence[Output]) -> list[Output]:
-    """Whole multiples of 64 bytes first, so that each of them starts on one; then wide types before narrow.
+    """Whole multiples of ALIGNMENT first, so that each of them starts on one; then wide types before narrow.
 
     Safetensors allows no padding between tensors. Within the two groups the order is kept.
     """
@@ -282,6 +282,15 @@ def write_file(path: Path, outputs: Sequence[Output], progress: Callable[[int, i
         except OSError as error:
             mend = "free some space or choose another directory"
             raise UserError(f"{path}: cannot be written ({error.strerror}); {mend}") from error
+
+
+def write_hole(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+    """A safetensors file of these names, dtypes and shapes whose data is a hole: no space on disk, all zeros."""
+    outputs = [Output(name, dtype, shape, ()) for name, dtype, shape in tensors]
+    header = _header(outputs)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(output.length for output in outputs))
 
 
 def _header(outputs: Sequence[Output]) -> bytes:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engines.cuda import PREFILL_CHUNK, CudaEngine
+from engines.cuda import CudaEngine
+from engines.cuda_memory import PREFILL_CHUNK
 from export.errors import UserError
 from plugins.sampling.cuda import CONTROL_WORDS, COUNT, ERROR, seed_words
 from runtime.sampling import Sampler

@@ -9,13 +9,13 @@ of the published config (40 layers, 256 experts, FP8 attention and GDN, NVFP4 ex
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SIZES = {"BF16": 2, "F32": 4, "U8": 1, "F8_E4M3": 1}
+from export.weights import write_hole
+
 Tensor = tuple[str, str, tuple[int, ...]]
 
 TEXT: dict[str, Any] = {
@@ -123,7 +123,7 @@ def write(directory: Path, layers: int = 40, experts: int = 256, vocab_size: int
     index: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_sparse(directory / file, tensors)
+        write_hole(directory / file, tensors)
         index |= {name: file for name, _, _ in tensors}
     quantization = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layout.declared}
     config = {
@@ -135,19 +135,6 @@ def write(directory: Path, layers: int = 40, experts: int = 256, vocab_size: int
     }
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-
-
-def write_sparse(path: Path, tensors: list[Tensor]) -> None:
-    entries, at = {}, 0
-    for name, dtype, shape in tensors:
-        size = math.prod(shape) * SIZES[dtype]
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + at)
 
 
 if __name__ == "__main__":

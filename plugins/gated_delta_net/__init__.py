@@ -18,12 +18,13 @@ pending_beta [W, Hv]. C = 2 Hk Dk + Hv Dv. Float32; A_log, dt_bias and the weigh
 The same mixer with its rows in a ring, for GPUs, is in ring.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import silu, softplus
 
+from plugins.gated_delta_net.cuda import Sizes
 from plugins.op import Attributes, Case, Op, floats, ints, number, padded
 
 L2_EPSILON = 1e-6
@@ -220,6 +221,15 @@ def body(attributes: Attributes, prefill: bool) -> str:
         {gated_norm_body(attributes)}"""
 
 
+def random_inputs(normal: Callable[..., torch.Tensor], rows: int, sizes: Sizes) -> list[torch.Tensor]:
+    """qkv_in, z, b, a, conv_weight, A_log, dt_bias, norm_weight. normal: as torch.randn."""
+    channels, heads = sizes.z_offset, sizes.num_v_heads
+    return [
+        *(normal(rows, width) for width in (channels, sizes.value_width, heads, heads)),
+        *(normal(channels, 4).bfloat16(), normal(heads), normal(heads).bfloat16(), normal(sizes.head_v_dim)),
+    ]
+
+
 def cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -228,18 +238,12 @@ def cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
         channels = 2 * k_heads * k_dim + v_heads * v_dim
         accepted = int(torch.randint(0, window + 1, (1,), generator=generator))
         keys = torch.nn.functional.normalize(normal(window, k_heads, k_dim), dim=-1).flatten(1)
-        projections = [
-            normal(rows, channels),
-            normal(rows, v_heads * v_dim),
-            normal(rows, v_heads),
-            normal(rows, v_heads),
-        ]
-        weights = [normal(channels, 4).bfloat16(), normal(v_heads), normal(v_heads).bfloat16(), normal(v_dim)]
+        rows_and_weights = random_inputs(normal, rows, Sizes(k_heads, v_heads, k_dim, v_dim))
         states = [torch.tensor([accepted]), normal(v_heads, k_dim, v_dim), normal(3, channels)]
         pending = [normal(window, channels), keys, normal(window, v_heads * v_dim)]
         gates = [-normal(window, v_heads).abs(), normal(window, v_heads).sigmoid()]
         attributes = {"num_k_heads": k_heads, "num_v_heads": v_heads, "head_k_dim": k_dim, "head_v_dim": v_dim}
-        yield (*projections, *weights, *states, *pending, *gates), {**attributes, "epsilon": 1e-6}
+        yield (*rows_and_weights, *states, *pending, *gates), {**attributes, "epsilon": 1e-6}
 
 
 GATED_DELTA_NET_VERIFY = Op(

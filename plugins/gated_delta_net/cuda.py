@@ -13,8 +13,9 @@ Pointers are device addresses as plain ints, aligned to 128 bytes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ctypes import c_float, c_int, c_void_p
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,11 @@ class Sizes:
     num_v_heads: int
     head_k_dim: int
     head_v_dim: int
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any]) -> Sizes:
+        """Of the ops' attributes."""
+        return cls(*(attributes[field.name] for field in fields(cls)))
 
     @property
     def key_width(self) -> int:

@@ -34,12 +34,8 @@ class PackArguments(Structure):
     ]
 
 
-def _mixer_sizes(attributes: Mapping[str, Any]) -> Sizes:
-    return Sizes(*(attributes[name] for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")))
-
-
 def _mixer(call: Call) -> tuple[GatedDeltaNet, Memory, Weights]:
-    sizes = _mixer_sizes(call.attributes)
+    sizes = Sizes.of(call.attributes)
     assert call.inputs["ring"].shape == (RING, sizes.row_stride)
     memory = Memory(*call.addresses("ring", "recurrent_state"))
     weights = Weights(*call.addresses("conv_weight", "A_log", "dt_bias", "norm_weight"))
@@ -51,7 +47,7 @@ def _pack(call: Call, rows: int, position: int = 0, first: int = 0) -> None:
     position, into the slots of a ring."""
     names = ("qkv_in", "z", "b", "a")
     arguments = PackArguments(rows=rows, position=position or None, mask=RING - 1, first=first)
-    arguments.stride = _mixer_sizes(call.attributes).row_stride
+    arguments.stride = Sizes.of(call.attributes).row_stride
     for i, name in enumerate(names):
         arguments.input[i], arguments.width[i] = call.inputs[name].address, call.inputs[name].shape[1]
     kernel = call.module(LAUNCH_SOURCE, {}).kernel("gdn_pack")
@@ -60,7 +56,7 @@ def _pack(call: Call, rows: int, position: int = 0, first: int = 0) -> None:
 
 def _check(attributes: Mapping[str, Any], shapes: Shapes) -> None:
     """Raises UserError for sizes that there are no kernels for."""
-    sizes = _mixer_sizes(attributes)
+    sizes = Sizes.of(attributes)
     for name, size in (("linear_key_head_dim", sizes.head_k_dim), ("linear_value_head_dim", sizes.head_v_dim)):
         if size % 16 or not 16 <= size <= 128:
             raise UserError(f"{name} {size}: the kernels take multiples of 16 up to 128; use cpu")
@@ -75,12 +71,12 @@ def _check(attributes: Mapping[str, Any], shapes: Shapes) -> None:
 
 def ring_kernels(attributes: Mapping[str, Any], shapes: Shapes) -> list[tuple[Path, Macros]]:
     _check(attributes, shapes)
-    return [(SOURCE, _mixer_sizes(attributes).macros()), (LAUNCH_SOURCE, {})]
+    return [(SOURCE, Sizes.of(attributes).macros()), (LAUNCH_SOURCE, {})]
 
 
 def ring_workspace(attributes: Mapping[str, Any], shapes: Shapes, device: Device) -> int:
     """Of the squares, float32 [T, Hv, head_parts]."""
-    sizes = _mixer_sizes(attributes)
+    sizes = Sizes.of(attributes)
     return total(4 * shapes["z"][0] * sizes.num_v_heads * GatedDeltaNet(None, sizes).head_parts)
 
 
@@ -114,7 +110,7 @@ def _prefill_sizes(sizes: Sizes, rows: int) -> list[int]:
 
 
 def prefill_workspace(attributes: Mapping[str, Any], shapes: Shapes, device: Device) -> int:
-    return total(*_prefill_sizes(_mixer_sizes(attributes), shapes["z"][0]))
+    return total(*_prefill_sizes(Sizes.of(attributes), shapes["z"][0]))
 
 
 def run_prefill(call: Call) -> None:

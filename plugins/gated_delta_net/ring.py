@@ -28,9 +28,11 @@ from plugins.gated_delta_net import (
     heads_body,
     linear_attention,
     mix,
+    random_inputs,
 )
 from plugins.gated_delta_net.cuda import MAX_ROWS, RING, Sizes
 from plugins.gated_delta_net.launch import RING_LAUNCH, RING_PREFILL_LAUNCH
+from plugins.launch import Launch
 from plugins.op import Attributes, Case, Op, ints
 
 HISTORY = 3  # raw rows that the convolution reads before a row: its kernel less one
@@ -38,10 +40,6 @@ STATES = ("recurrent_state", "ring")
 PROJECTIONS, WEIGHTS = INPUTS[:4], INPUTS[4:8]
 RING_INPUTS = (*PROJECTIONS, *WEIGHTS, "position", "accepted", *STATES)
 LAST = 2**31 - 1  # end of a slice to the end
-
-
-def sizes_of(attributes: Attributes) -> Sizes:
-    return Sizes(*(attributes[name] for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")))
 
 
 def row_parts(sizes: Sizes) -> list[int]:
@@ -53,7 +51,7 @@ def row_parts(sizes: Sizes) -> list[int]:
 
 def reference(inputs: tuple[torch.Tensor, ...], attributes: Attributes, prefill: bool) -> tuple[torch.Tensor, ...]:
     own, weights, (position, accepted, recurrent_state, ring) = inputs[:4], inputs[4:8], inputs[8:]
-    sizes, start, end = sizes_of(attributes), int(position), int(position) + len(own[0])
+    sizes, start, end = Sizes.of(attributes), int(position), int(position) + len(own[0])
     past = ring[torch.arange(start - int(accepted) - HISTORY, start) % RING]
     tail, pending = past[:, : sizes.z_offset], past[HISTORY:].split(row_parts(sizes), dim=-1)[:4]
     if int(accepted):
@@ -72,7 +70,7 @@ def infer(*inputs: torch.Tensor, **_: Any) -> list[tuple[torch.dtype, list[Any]]
 def body(attributes: Attributes, prefill: bool) -> str:
     """Pending candidates are the 8 rows before `position`; those that are not accepted get g = 0 and beta = 0. They go
     through convolution, norms and gates together with the call's own rows."""
-    sizes = sizes_of(attributes)
+    sizes = Sizes.of(attributes)
     parts = row_parts(sizes)
     candidate = ", ".join(("candidate_qkv", "candidate_z", "candidate_b", "candidate_a", "padding")[: len(parts)])
     committed, final = ("state", "next_recurrent_state") if prefill else ("next_recurrent_state", "unused_state")
@@ -157,13 +155,8 @@ def cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
     layers = [Sizes(2, 4, 16, 16), Sizes(1, 1, 16, 32), Sizes(2, 16, 32, 16)]
     starts = [(0, 0), (2, 2), (7, 5), (31, 8), (40, 0), (1003, 1)]
     for sizes, (position, accepted) in product(layers, starts):
-        channels, heads = sizes.z_offset, sizes.num_v_heads
-        columns = sizes.a_offset + heads
-        projections = [normal(rows, width) for width in (channels, sizes.value_width, heads, heads)]
-        weights = [
-            *(normal(channels, HISTORY + 1).bfloat16(), normal(heads)),
-            *(normal(heads).bfloat16(), normal(sizes.head_v_dim)),
-        ]
+        heads, columns = sizes.num_v_heads, sizes.a_offset + sizes.num_v_heads
+        rows_and_weights = random_inputs(normal, rows, sizes)
         ring = torch.zeros(RING, sizes.row_stride)
         written = torch.arange(max(position - RING, 0), position) % RING
         ring[written, :columns] = normal(len(written), columns)
@@ -171,33 +164,24 @@ def cases(generator: torch.Generator, rows: int) -> Iterator[Case]:
         dtype = torch.int32 if position % 2 else torch.int64
         counts = [torch.tensor([count], dtype=dtype) for count in (position, accepted)]
         values = (sizes.num_k_heads, heads, sizes.head_k_dim, sizes.head_v_dim, 1e-6)
-        yield (*projections, *weights, *counts, state, ring), dict(zip(ATTRIBUTES, values, strict=True))
+        yield (*rows_and_weights, *counts, state, ring), dict(zip(ATTRIBUTES, values, strict=True))
 
 
-GATED_DELTA_NET_RING = Op(
-    name="GatedDeltaNetRing",
-    inputs=RING_INPUTS,
-    outputs=("y", *(f"next_{name}" for name in STATES)),
-    attributes=ATTRIBUTES,
-    weights=WEIGHTS,
-    reference=lambda *inputs, **attributes: reference(inputs, attributes, prefill=False),
-    infer=infer,
-    body=lambda attributes, expanded: body(attributes, prefill=False),
-    cases=lambda generator, rows: cases(generator, min(rows, MAX_ROWS)),
-    rtol=1e-5,  # as the other ops of this mixer
-    launch=RING_LAUNCH,
-)
+def _op(name: str, prefill: bool, launch: Launch) -> Op:
+    return Op(
+        name=name,
+        inputs=RING_INPUTS,
+        outputs=("y", *(f"next_{state}" for state in STATES)),
+        attributes=ATTRIBUTES,
+        weights=WEIGHTS,
+        reference=lambda *inputs, **attributes: reference(inputs, attributes, prefill),
+        infer=infer,
+        body=lambda attributes, expanded: body(attributes, prefill),
+        cases=lambda generator, rows: cases(generator, rows if prefill else min(rows, MAX_ROWS)),
+        rtol=1e-5,  # as the other ops of this mixer
+        launch=launch,
+    )
 
-GATED_DELTA_NET_RING_PREFILL = Op(
-    name="GatedDeltaNetRingPrefill",
-    inputs=RING_INPUTS,
-    outputs=("y", *(f"next_{name}" for name in STATES)),
-    attributes=ATTRIBUTES,
-    weights=WEIGHTS,
-    reference=lambda *inputs, **attributes: reference(inputs, attributes, prefill=True),
-    infer=infer,
-    body=lambda attributes, expanded: body(attributes, prefill=True),
-    cases=cases,
-    rtol=1e-5,
-    launch=RING_PREFILL_LAUNCH,
-)
+
+GATED_DELTA_NET_RING = _op("GatedDeltaNetRing", prefill=False, launch=RING_LAUNCH)
+GATED_DELTA_NET_RING_PREFILL = _op("GatedDeltaNetRingPrefill", prefill=True, launch=RING_PREFILL_LAUNCH)

@@ -30,6 +30,7 @@ CLAIM = 4  # tiles that a block of an lm_head claims at a time, at least MAX_DEP
 RESERVED = 1024  # bytes of shared memory that every block takes on top
 EXCHANGE = 4 * TILE * WARPS  # bytes of a row's products with a tile, by shares of k (stage.cuh)
 MAX_EXPERTS = 512
+MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 MAX_HEADS = 64  # that a norm in front is over
 STATIC = 1040 + 4 * MAX_ROWS * MAX_HEADS  # bytes of shared memory that the kernels declare, at most
 

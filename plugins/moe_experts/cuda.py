@@ -26,7 +26,6 @@ ACT_ROWS = TILE // 2  # of the gate's rows, and of the up projection's, in a til
 PASS_BYTES = DOWN_WARPS * SLOT
 UP_STATIC, DOWN_STATIC = STATIC + 1344, 10368  # bytes of shared memory that the kernels declare, and 4 for each expert
 UP_DEPTH = 2  # passes that a warp has under way, at most: more come no sooner, and later the first ones
-MAX_TOP_K = 8  # a warp has two lanes' turns for the pairs of eight rows (routing.cuh)
 
 
 class UpArguments(Structure):

@@ -10,11 +10,10 @@ from typing import Any
 from export.errors import UserError
 from plugins.launch import Call, Device, Launch, Macros, Shapes, parts, total
 from plugins.linear import launch as linear
-from plugins.linear.cuda import MAX_EXPERTS, Segment, check_k
+from plugins.linear.cuda import MAX_EXPERTS, MAX_TOP_K, Segment, check_k
 
 SOURCE = Path(__file__).parent / "kernel.cu"
 WARPS = 8
-MAX_TOP_K = 8  # routing.cuh
 
 
 def routing_macros(num_experts: int, top_k: int) -> dict[str, int | str]:
