@@ -18,9 +18,9 @@ from typing import Any
 
 from export.cli import Parser, progress, run, say
 from export.errors import UserError
-from runtime.decode import add_engine, add_sampling, engine_of, sampler_of
+from runtime.decode import add_engine, add_request, engine_of, request_of
 from runtime.rounds import PREFILL_CHUNK, Round
-from runtime.session import Session
+from runtime.session import Request, Session
 from runtime.template import ChatTemplate
 from runtime.tokenizer import Tokenizer
 
@@ -32,11 +32,10 @@ def parse() -> argparse.Namespace:
     thinking = parser.add_mutually_exclusive_group()
     thinking.add_argument("--think", action="store_true", default=None, dest="thinking", help="answer after thinking")
     thinking.add_argument("--no-think", action="store_false", default=None, dest="thinking", help="answer at once")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="of an answer (default 1024)")
     parser.add_argument(
         "--capacity", type=int, default=0, metavar="N", help="positions of the conversation (default: the engines')"
     )
-    add_sampling(parser)
+    add_request(parser, max_new_tokens=1024)
     return parser.parse_args()
 
 
@@ -83,7 +82,7 @@ def lines() -> Iterator[str]:
         yield line
 
 
-def reply_to(session: Session, messages: list[dict[str, Any]], max_new_tokens: int) -> bool:
+def reply_to(session: Session, messages: list[dict[str, Any]], request: Request) -> bool:
     """Print the answer as it comes, with Ctrl-C as much of it as was said -> whether anything was. Raises UserError as
     Session.say."""
     rounds: list[Round] = []
@@ -97,7 +96,7 @@ def reply_to(session: Session, messages: list[dict[str, Any]], max_new_tokens: i
             for show in updates:
                 show(done, total)
 
-        for piece in session.say(messages, max_new_tokens, update):
+        for piece in session.say(messages, request, update):
             bar.close()
             rounds.append(piece.round)
             sys.stdout.write(piece.text)
@@ -125,11 +124,10 @@ def statistics(session: Session, rounds: list[Round]) -> str:
 
 def main() -> None:
     options = parse()
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: expected at least 1")
-    sampler, engine = sampler_of(options), engine_of(options)
+    engine = engine_of(options)
     tokenizer, template = Tokenizer(options.engines), ChatTemplate(options.engines)
-    session = Session(engine, tokenizer, template, sampler, options.mtp_k, options.thinking, options.capacity)
+    request = request_of(options, engine)
+    session = Session(engine, tokenizer, template, options.mtp_k, options.capacity, options.thinking)
     messages: list[dict[str, Any]] = []
     if options.system is not None:
         messages.append({"role": "system", "content": options.system})
@@ -138,7 +136,7 @@ def main() -> None:
     for line in lines():
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            if reply_to(session, asked, options.max_new_tokens):
+            if reply_to(session, asked, request):
                 messages = [*asked, session.reply()]
         except UserError as error:
             say(f"error: {error}")

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from engines import Engine, open_engine
-from export.bindings import GRAPHS
 from export.cli import Parser, progress, run, say
 from export.errors import UserError
-from runtime.rounds import PREFILL_CHUNK, Round, check_request, generate
-from runtime.sampling import Sampler, SamplingConfig
+from runtime.grammar import Grammars
+from runtime.rounds import PREFILL_CHUNK, Round, check_request
+from runtime.sampling import SamplingConfig
+from runtime.session import MtpK, Request, Session, most_drafts
 from runtime.tokenizer import Tokenizer
 
 DEMO = Path("build/demo/cpu")
@@ -46,17 +47,58 @@ def engine_of(options: argparse.Namespace) -> Engine:
     return open_engine(options.engines, options.threads, draft_vocab=options.draft_vocab, fp8_cache=options.fp8_cache)
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How tokens are found: --mtp-k, and the flags of `sampler_of`."""
-    parser.add_argument("--mtp-k", type=int, default=2, metavar="K", help="drafts per round, 0: none (default 2)")
+def mtp_k(text: str) -> MtpK:
+    """--mtp-k's value."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer or auto") from None
+
+
+def logit_bias(text: str) -> tuple[tuple[int, float], ...]:
+    """--logit-bias's value: "ID:BIAS,ID:BIAS"."""
+    try:
+        pairs = [pair.split(":") for pair in text.split(",")]
+        return tuple((int(token), float(bias)) for token, bias in pairs)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected ID:BIAS,ID:BIAS") from None
+
+
+def add_mtp_k(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mtp-k", type=mtp_k, default=2, metavar="K", help="drafts per round, 0: none, or auto (default 2)"
+    )
+
+
+def add_request(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """How tokens are found and where an answer ends: --mtp-k, and the flags of `request_of`."""
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+    add_mtp_k(parser)
+    kinds = {"int": int, "float": float}
     for field in dataclasses.fields(SamplingConfig):
-        kind = int if field.type == "int" else float
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=kind, default=field.default, metavar="X", help=f"default {field.default}")
+        if field.type in kinds:
+            kind = kinds[str(field.type)]
+            parser.add_argument(flag, type=kind, default=field.default, metavar="X", help=f"default {field.default}")
+    parser.add_argument("--logit-bias", type=logit_bias, default=(), metavar="ID:BIAS,…", help="added to these logits")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    json_format = parser.add_mutually_exclusive_group()
+    json_format.add_argument("--json-object", action="store_true", help="answer with a JSON object")
+    json_format.add_argument("--json-schema", type=Path, metavar="FILE", help="answer with JSON of this schema")
 
 
-def sampler_of(options: argparse.Namespace) -> Sampler:
-    return Sampler(SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)}))
+def request_of(options: argparse.Namespace, engine: Engine, **more: Any) -> Request:
+    """more: fields of Request."""
+    sampling = SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
+    grammar = None
+    if options.json_object or options.json_schema:
+        config = engine.manifest.config
+        grammars = Grammars(options.engines, config.vocab_size, config.eos_token_id)
+        text = options.json_schema.read_text(encoding="utf-8-sig") if options.json_schema else None
+        grammar = grammars.json_object() if text is None else grammars.json_schema(text)
+    return Request(sampling, options.max_new_tokens, stop=tuple(options.stop), grammar=grammar, **more)
 
 
 def parse() -> argparse.Namespace:
@@ -65,9 +107,9 @@ def parse() -> argparse.Namespace:
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--prompt-file", type=Path, metavar="FILE")
     source.add_argument("--token-ids", metavar="IDS", help='the prompt as token ids, "1 2 3"; needs no tokenizer')
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    add_sampling(parser)
+    add_request(parser, max_new_tokens=128)
     parser.add_argument("--ignore-eos", action="store_true", help="go on after a stop id")
+    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: of each token, and its N alternatives")
     add_engine(parser)
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write one JSON line per round")
@@ -100,28 +142,32 @@ def open_trace(options: argparse.Namespace) -> TextIO:
     return options.trace.open("w")
 
 
-def summary(rounds: list[Round], mtp_k: int, text: str | None) -> dict[str, Any]:
-    """What --json prints. The prefill round emits a token but counts neither as a round nor as decoding time."""
+def summary(rounds: list[Round], most: int, text: str | None) -> dict[str, Any]:
+    """What --json prints. The prefill round emits a token but counts neither as a round nor as decoding time.
+    most: drafts of a round."""
     prefill, decode = rounds[0], rounds[1:]
     seconds = sum(r.seconds for r in decode)
     emitted = sum(len(r.tokens) for r in decode)
-    return {
+    result = {
         "token_ids": [token for r in rounds for token in r.tokens],
         "text": text,
         "rounds": len(decode),
         "drafted": sum(len(r.drafts) for r in decode),
         "accepted": sum(r.accepted for r in decode),
-        "accepted_per_position": [sum(r.accepted > i for r in decode) for i in range(mtp_k)],
+        "accepted_per_position": [sum(r.accepted > i for r in decode) for i in range(most)],
+        "drafted_per_position": [sum(len(r.drafts) > i for r in decode) for i in range(most)],
         "tokens_per_round": emitted / len(decode) if decode else 0.0,
         "prefill_seconds": prefill.seconds,
         "decode_seconds": seconds,
         "tokens_per_second": emitted / seconds if seconds else 0.0,
     }
+    if prefill.logprobs:
+        result["logprobs"] = [entry._asdict() for r in rounds for entry in r.logprobs]
+    return result
 
 
-def report(result: dict[str, Any], prompt_tokens: int, rounds: list[Round]) -> None:
-    drafted = [sum(len(r.drafts) > i for r in rounds) for i in range(len(result["accepted_per_position"]))]
-    pairs = zip(result["accepted_per_position"], drafted, strict=True)
+def report(result: dict[str, Any], prompt_tokens: int) -> None:
+    pairs = zip(result["accepted_per_position"], result["drafted_per_position"], strict=True)
     rates = [f"{accepted / offered:.0%}" for accepted, offered in pairs if offered]
     say(f"prompt   {prompt_tokens} tokens, {prompt_tokens / result['prefill_seconds']:.0f} tokens/s")
     say(
@@ -132,41 +178,44 @@ def report(result: dict[str, Any], prompt_tokens: int, rounds: list[Round]) -> N
         say(f"accepted {', '.join(rates)} at draft position {', '.join(str(i + 1) for i in range(len(rates)))}")
 
 
+def decode(session: Session, prompt: list[int], request: Request, trace: TextIO | None) -> Iterator[tuple[str, Round]]:
+    """The text of every round, and the round."""
+    long = progress(f"prefill of {len(prompt)} tokens") if len(prompt) > PREFILL_CHUNK else contextlib.nullcontext()
+    with long as update:
+        pieces = session.answer(prompt, request, update)
+        first = next(pieces)
+    for piece in itertools.chain([first], pieces):
+        if trace and piece is not first:
+            keys = ("position", "drafts", "accepted", "tokens")
+            print(json.dumps({key: getattr(piece.round, key) for key in keys}), file=trace, flush=True)
+        words = "".join(f"{token} " for token in piece.round.tokens)
+        yield piece.text if session.tokenizer else words, piece.round
+
+
 def main() -> None:
     options = parse()
-    sampler, engine = sampler_of(options), engine_of(options)
+    engine = engine_of(options)
     # With --token-ids a tokenizer is welcome, for the text, and not needed.
     has_tokenizer = options.token_ids is None or (options.engines / "tokenizer.json").is_file()
     tokenizer = Tokenizer(options.engines) if has_tokenizer else None
+    if options.stop and not tokenizer:
+        raise UserError(f"--stop: {options.engines} has no tokenizer.json, so there is no text to look in")
     prompt = read_prompt(options, tokenizer)
-    check_request(engine, prompt, options.max_new_tokens, options.mtp_k)
-    engine.load(*GRAPHS[: 4 if options.mtp_k else 2])
-    config = engine.manifest.config
-    stop_ids = () if options.ignore_eos else config.eos_token_id
-    rounds: list[Round] = []
+    request = request_of(options, engine, logprobs=options.logprobs, ignore_stop_ids=options.ignore_eos)
+    most = most_drafts(engine, options.mtp_k)
+    check_request(engine, prompt, options.max_new_tokens, most)
+    changes = request.sampling.steers or request.grammar or request.logprobs is not None or options.mtp_k == "auto"
+    capacity = len(prompt) + options.max_new_tokens
+    session = Session(engine, tokenizer, None, options.mtp_k, capacity, continued=bool(changes))
     trace = open_trace(options) if options.trace else None
-
-    def tokens(update: Any) -> Iterator[int]:
-        for r in generate(engine, prompt, options.max_new_tokens, options.mtp_k, sampler, stop_ids, update):
-            rounds.append(r)
-            if trace and len(rounds) > 1:
-                keys = ("position", "drafts", "accepted", "tokens")
-                print(json.dumps({key: getattr(r, key) for key in keys}), file=trace, flush=True)
-            yield from r.tokens
-
-    long = progress(f"prefill of {len(prompt)} tokens") if len(prompt) > PREFILL_CHUNK else contextlib.nullcontext()
-    with long as update:
-        stream = tokens(update)
-        first = next(stream)
-    stream = itertools.chain([first], stream)
-    pieces: list[str] = []
-    for piece in tokenizer.stream(prompt, stream) if tokenizer else (f"{token} " for token in stream):
-        pieces.append(piece)
-        sys.stdout.write(piece)
+    rounds: list[Round] = []
+    for text, r in decode(session, prompt, request, trace):
+        rounds.append(r)
+        sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    result = summary(rounds, options.mtp_k, "".join(pieces) if tokenizer else None)
-    report(result, len(prompt), rounds)
+    result = summary(rounds, most, session.text if tokenizer else None)
+    report(result, len(prompt))
     if options.json:
         print(json.dumps(result))
 

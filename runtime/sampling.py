@@ -9,6 +9,8 @@ without gives the same tokens, and a draft drawn with the noise of its position 
 probability at least (1 - TV) / (1 + TV) (Daliri, Musco, Suresh 2024, arXiv:2408.07978).
 
     Sampler(SamplingConfig(temperature=0.8, top_p=0.95, seed=1)).sample(logits, position=17)
+
+Penalties, biases and grammars change the logits before that, see runtime/steering.py.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,28 +31,58 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
+class SettingError(UserError):
+    """A sampling parameter out of range. name: its field in SamplingConfig. expected: in words."""
+
+    def __init__(self, name: str, value: object, expected: str) -> None:
+        super().__init__(f"--{name.replace('_', '-')} {value}: expected {expected}")
+        self.name, self.expected = name, expected
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. Filters apply in that order, after the
-    temperature, as in transformers. seed: 0 to 2**64 - 1. Raises UserError for a value out of range."""
+    temperature, as in transformers. seed: 0 to 2**64 - 1. What bears on logits before all of these, in this order:
+
+    repetition_penalty: of tokens in the prompt or the answer, logits above 0 are divided by it, others multiplied
+        (Keskar et al. 2019, arXiv:1909.05858); 1 is off.
+    frequency_penalty, presence_penalty: taken off a token's logit for each time it stands in the answer, and once if it
+        does, as OpenAI's API has them; 0 is off.
+    logit_bias: (token id, what is added to its logit), each id once.
+
+    Raises SettingError for a value out of range."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        ids = [token for token, _ in self.logit_bias]
         for name, valid, expected in (
             ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or 0.000001 to 1000000"),
-            ("top-k", self.top_k >= 0, "an integer from 0 up"),
-            ("top-p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
-            ("min-p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("top_k", self.top_k >= 0, "an integer from 0 up"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
             ("seed", 0 <= self.seed < 2**64, "an integer from 0 to 2**64 - 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "a number from -2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "a number from -2 to 2"),
+            ("logit_bias", all(-100 <= bias <= 100 for _, bias in self.logit_bias), "biases from -100 to 100"),
+            ("logit_bias", len(set(ids)) == len(ids), "each token id once"),
         ):
             if not valid:
-                value = getattr(self, name.replace("-", "_"))
-                raise UserError(f"--{name} {value}: expected {expected}")
+                raise SettingError(name, getattr(self, name), expected)
+
+    @property
+    def steers(self) -> bool:
+        """Whether logits are changed before temperature and filters."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
 def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
@@ -83,6 +116,23 @@ def _to_gumbel(bits: NDArray[np.uint64]) -> Floats:
     # 23 bits, centred in their cell: exact in float32 and never 0 or 1, on any device.
     uniform = ((bits >> np.uint64(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-23)
     return -np.log(-np.log(uniform))
+
+
+class TokenLogprob(NamedTuple):
+    """Natural logarithms of probabilities by the model's own logits, before penalties, biases, temperature and filters:
+    of the token that was emitted, and of the most likely ones, as (token, logprob)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def logprob_of(logits: Floats, token: int, count: int) -> TokenLogprob:
+    """logits float32 [V] that `token` was sampled from; count: how many of the most likely, of equals the first."""
+    values = logits.astype(np.float64) - logits.max()
+    values -= np.log(np.exp(values).sum())
+    top = np.argsort(-values, kind="stable")[:count].tolist() if count else []
+    return TokenLogprob(token, float(values[token]), tuple((entry, float(values[entry])) for entry in top))
 
 
 class Sampler:

@@ -5,9 +5,11 @@ tokenizer = Tokenizer(Path("build/demo/cpu")); ids = tokenizer.encode("def main(
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import llguidance
 import tokenizers
 
 from export.errors import UserError
@@ -36,25 +38,52 @@ class Tokenizer:
             raise UserError("the prompt is not valid UTF-8 text; convert it") from None
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def stream(self, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for, which need not be whole characters."""
+        return self._bytes.decode_bytes([token])
+
+    @functools.cached_property
+    def _bytes(self) -> llguidance.LLTokenizer:
+        return llguidance.LLTokenizer(self._tokenizer.to_str())
+
+    def stream(self, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
         """The text of each token, special tokens left out, as soon as it is whole: a character that is split over
         tokens comes with its last one, and as U+FFFD if the text ends inside it."""
-        ids = prompt[-CONTEXT:]  # a token may read differently at the start of a text than after others
-        text = self._decode(ids)
-        shown = len(text.rstrip(UNFINISHED))
+        text = Detokenizer(self, prompt)
         for token in tokens:
-            ids.append(token)
-            text = self._decode(ids)
-            if text.endswith(UNFINISHED):
-                yield ""
-                continue
-            yield text[shown:]
-            shown = len(text)
-            if len(ids) > 4 * CONTEXT:
-                ids = ids[-CONTEXT:]
-                shown = len(self._decode(ids))
-        if text[shown:].rstrip(UNFINISHED) != text[shown:]:
-            yield text[shown:]
+            yield text.push(token)
+        yield text.rest()
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class Detokenizer:
+    """Tokens that follow a prompt -> their text, piece by piece."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._decode = tokenizer._decode
+        self._set(list(prompt[-CONTEXT:]))  # a token may read differently at the start of a text than after others
+
+    def _set(self, ids: list[int]) -> None:
+        self._ids, self._text = ids, self._decode(ids)
+        self._shown = self._whole()
+
+    def _whole(self) -> int:
+        """Characters that stay as they are: bytes that may still become one read as a single U+FFFD, at the end."""
+        return len(self._text) - self._text.endswith(UNFINISHED)
+
+    def push(self, token: int) -> str:
+        """What a further token completes, perhaps nothing yet."""
+        self._ids.append(token)
+        self._text = self._decode(self._ids)
+        whole = self._whole()
+        text = self._text[self._shown : whole]
+        self._shown = max(whole, self._shown)
+        if len(self._ids) > 4 * CONTEXT:
+            self._set(self._ids[-CONTEXT:])
+        return text
+
+    def rest(self) -> str:
+        """At the end: a character that stays unfinished."""
+        return self._text[self._shown :]

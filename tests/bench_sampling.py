@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from plugins.sampling.cuda import CONTROL_WORDS, ERROR, SOURCE, SamplingKernels, defines, seed_words
+from plugins.sampling.cuda import CONTROL_WORDS, COUNT, ERROR, SOURCE, SamplingKernels, Steering, defines, seed_words
 from runtime.sampling import SamplingConfig
 from tests.backends import GPU
 
@@ -58,6 +58,21 @@ def logits(kind: str, rows: int) -> Tensor:
     return x.cuda()
 
 
+def steering_times(kernels: SamplingKernels, rows: int) -> dict[str, float]:
+    """Of penalties and a bias, without and with a mask."""
+    given, out, bias = logits("peaked", rows), torch.empty(rows, VOCAB, device="cuda"), torch.zeros(VOCAB).cuda()
+    params = torch.tensor([1.1, 0.5, 0.2], device="cuda")
+    occurrences = (torch.rand(VOCAB) < 0.01).int().cuda()  # a long prompt's
+    tokens = torch.arange(rows, dtype=torch.int32, device="cuda")
+    allowed = torch.randint(-(2**31), 2**31, (rows, VOCAB // 32), dtype=torch.int32, device="cuda")
+    a, b, c, d, e, f, g = (t.data_ptr() for t in (given, out, bias, params, occurrences, tokens, allowed))
+    times = {}
+    for name, mask in (("steer", 0), ("steer, mask", g)):
+        steering = Steering(occurrences=e, params=d, bias=c, allowed=mask, allowed_stride=VOCAB // 32)
+        times[name] = microseconds(partial(kernels.steer, a, rows, f, 0, steering, b))
+    return times
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: needs an NVIDIA GPU")
@@ -74,10 +89,15 @@ def main() -> None:
     error, rest = control[ERROR:].data_ptr(), scratch.data_ptr()
     print(torch.cuda.get_device_name())
     print(f"accept {microseconds(partial(kernels.accept, a, g, 2, words, k, h, i, j)):.2f}")
+    counted = torch.zeros(VOCAB, dtype=torch.int32, device="cuda")
+    control[COUNT] = 3
+    print(f"count {microseconds(partial(kernels.count, a, k, counted.data_ptr())):.2f}")
     for rows in (1, 3):
         print(f"T = {rows}")
         print(f"  {'embed':32} {microseconds(partial(kernels.embed, a, b, f, rows)):8.2f}")
         print(f"  {'mtp_inputs':32} {microseconds(partial(kernels.mtp_inputs, a, b, c, d, e, f, rows, 1e-6)):8.2f}")
+        for name, time in steering_times(kernels, rows).items():
+            print(f"  {name:32} {time:8.2f}")
         for kind in ("peaked", "flat", "equal"):
             given = logits(kind, rows)
             for name, config in CONFIGS.items():

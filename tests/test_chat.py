@@ -26,7 +26,7 @@ from export.errors import UserError
 from runtime import chat, rounds, session
 from runtime.rounds import Decoder, Round
 from runtime.sampling import Sampler, SamplingConfig
-from runtime.session import Session
+from runtime.session import MtpK, Piece, Request, Session
 from runtime.template import ChatTemplate
 from runtime.tokenizer import Tokenizer
 from tests.conftest import Build
@@ -93,11 +93,27 @@ def engine(demo: Path) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(demo, threads=1)
 
 
+class Talk(Session):
+    """A session whose requests are all sampled the same."""
+
+    sampling: SamplingConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    def request(self, count: int) -> Request:
+        return Request(self.sampling, count)
+
+    def ask(self, messages: list[dict[str, Any]], count: int) -> Iterator[Piece]:
+        return self.say(messages, self.request(count))
+
+
 def open_session(
-    engine: OnnxRuntimeEngine, sampler: Sampler = GREEDY, mtp_k: int = 2, template: Path | None = None, **options: Any
-) -> Session:
+    engine: OnnxRuntimeEngine, sampler: Sampler = GREEDY, mtp_k: MtpK = 2, template: Path | None = None, **options: Any
+) -> Talk:
     directory = engine.directory
-    return Session(engine, Tokenizer(directory), ChatTemplate(template or directory), sampler, mtp_k, **options)
+    talk = Talk(engine, Tokenizer(directory), ChatTemplate(template or directory), mtp_k, **options)
+    talk.sampling = sampler.config
+    return talk
 
 
 def template_file(directory: Path, text: str) -> Path:
@@ -110,13 +126,13 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def turns(talk: Session, count: int = 40) -> list[tuple[list[dict[str, Any]], list[int], int]]:
+def turns(talk: Talk, count: int = 40) -> list[tuple[list[dict[str, Any]], list[int], int]]:
     """The messages of every turn, its answer's tokens, and how many tokens the caches held of its prompt."""
     messages: list[dict[str, Any]] = []
     seen = []
     for text in ASKED:
         messages = [*messages, user(text)]
-        pieces = list(talk.say(messages, count))
+        pieces = list(talk.ask(messages, count))
         assert "".join(piece.text for piece in pieces) == talk.text
         assert [token for piece in pieces for token in piece.round.tokens] == talk.tokens[len(talk.prompt) :]
         seen.append((messages, talk.tokens[len(talk.prompt) :], talk.reused))
@@ -185,7 +201,7 @@ def test_turns_equal_the_same_conversation_from_scratch(sampler: Sampler, engine
     assert all(reused > 40 for _, _, reused in seen[1:])
     for messages, tokens, _ in seen:
         fresh = open_session(engine, sampler)
-        list(fresh.say(messages, 40))
+        list(fresh.ask(messages, 40))
         assert fresh.reused == 0 and not fresh.again
         assert fresh.tokens[len(fresh.prompt) :] == tokens
 
@@ -195,7 +211,8 @@ def test_the_conversation_does_not_depend_on_drafts(sampler: Sampler, engine: On
     """Nor does what the caches hold after it: a round that goes past a stop id is cut there."""
     plain = turns(open_session(engine, sampler, mtp_k=0), 60)
     assert any(len(tokens) < 60 for _, tokens, _ in plain)
-    for mtp_k in (1, 3):
+    choices: tuple[MtpK, ...] = (1, 3, "auto")
+    for mtp_k in choices:
         assert turns(open_session(engine, sampler, mtp_k=mtp_k), 60) == plain
 
 
@@ -224,12 +241,12 @@ def test_a_template_that_drops_thinking_starts_over(engine: OnnxRuntimeEngine, t
     options: dict[str, Any] = {"template": template_file(tmp_path, THINKING)}
     talk = open_session(engine, thinking=False, **options)
     messages: list[dict[str, Any]] = [user(ASKED[0])]
-    list(talk.say(messages, 20))
+    list(talk.ask(messages, 20))
     messages += [talk.reply(), user(ASKED[1])]
-    list(talk.say(messages, 20))  # "<think>\n\n</think>" is gone from the first turn
+    list(talk.ask(messages, 20))  # "<think>\n\n</think>" is gone from the first turn
     assert talk.reused == 0 and talk.again
     fresh = open_session(engine, thinking=False, **options)
-    list(fresh.say(messages, 20))
+    list(fresh.ask(messages, 20))
     assert fresh.tokens == talk.tokens and not fresh.again
     with pytest.raises(UserError, match=r"--no-think: .*enable_thinking"):
         open_session(engine, thinking=False)
@@ -252,7 +269,7 @@ def test_tokens_stand_for_the_content_only_where_it_is_shown(engine: OnnxRuntime
 def test_an_interrupted_answer_stays_as_it_is(pieces: int, engine: OnnxRuntimeEngine) -> None:
     talk = open_session(engine, SAMPLED)
     messages: list[dict[str, Any]] = [user(ASKED[0])]
-    stream = talk.say(messages, 100)
+    stream = talk.ask(messages, 100)
     text = "".join(next(stream).text for _ in range(pieces))
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
@@ -260,10 +277,10 @@ def test_an_interrupted_answer_stays_as_it_is(pieces: int, engine: OnnxRuntimeEn
     assert said["content"] == text and said["token_ids"] == talk.tokens[len(talk.prompt) :]
     held = len(talk.tokens) - 1
     messages += [said, user(ASKED[1])]
-    list(talk.say(messages, 30))
+    list(talk.ask(messages, 30))
     assert talk.reused == held
     fresh = open_session(engine, SAMPLED)
-    list(fresh.say(messages, 30))
+    list(fresh.ask(messages, 30))
     assert fresh.tokens == talk.tokens
 
 
@@ -276,33 +293,33 @@ def test_an_interrupt_inside_a_call_costs_a_prefill(
 
     talk = open_session(engine)
     first: list[dict[str, Any]] = [user(ASKED[0])]
-    list(talk.say(first, 10))
+    list(talk.ask(first, 10))
     messages = [*first, talk.reply(), user(ASKED[1])]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine, graph, interrupted)
-        list(talk.say(messages, 10))
+        list(talk.ask(messages, 10))
     messages = [*messages, talk.reply(), user(ASKED[2])]
-    list(talk.say(messages, 10))
+    list(talk.ask(messages, 10))
     assert talk.reused == 0
     fresh = open_session(engine)
-    list(fresh.say(messages, 10))
+    list(fresh.ask(messages, 10))
     assert fresh.tokens == talk.tokens
 
 
 def test_a_conversation_that_is_too_long_keeps_the_session(engine: OnnxRuntimeEngine) -> None:
     talk = open_session(engine, capacity=64)
     messages: list[dict[str, Any]] = [user(ASKED[0])]
-    list(talk.say(messages, 1000))
+    list(talk.ask(messages, 1000))
     assert len(talk.tokens) <= 64
     before = list(talk.tokens)
     with pytest.raises(UserError, match=r"has \d+ tokens.*63"):
-        talk.say([*messages, talk.reply(), user("a b " * 100)], 10)
+        talk.ask([*messages, talk.reply(), user("a b " * 100)], 10)
     with pytest.raises(UserError, match="--max-new-tokens 0"):
-        talk.say(messages, 0)
+        talk.ask(messages, 0)
     with pytest.raises(UserError, match="UTF-8"):
-        talk.say([user("\udcff")], 10)
+        talk.ask([user("\udcff")], 10)
     assert talk.tokens == before
-    list(talk.say([*messages, {"role": "assistant", "content": "no"}, user("b")], 3))
+    list(talk.ask([*messages, {"role": "assistant", "content": "no"}, user("b")], 3))
     assert len(talk.tokens) == len(talk.prompt) + 3 and talk.again
 
 
@@ -350,19 +367,19 @@ def test_characters_are_never_broken(size: int, engine: OnnxRuntimeEngine, monke
     ids = talk.tokenizer.encode(text)
     assert len(ids) > 20  # characters of several tokens
     script(monkeypatch, [ids[i : i + size] for i in range(0, len(ids), size)])
-    pieces = [piece.text for piece in talk.say([user("a")], len(ids))]
+    pieces = [piece.text for piece in talk.ask([user("a")], len(ids))]
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
     assert len(pieces) == -(-len(ids) // size)
     smile = talk.tokenizer.encode("🙂")
     script(monkeypatch, [smile[:2]])  # the text ends inside it
-    assert "".join(piece.text for piece in talk.say([user("a")], 2)) == "\ufffd"
+    assert "".join(piece.text for piece in talk.ask([user("a")], 2)) == "\ufffd"
 
 
 def test_ctrl_c_stops_the_answer(
     engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk = open_session(engine)
-    whole = list(talk.say([user(ASKED[0])], 50))
+    whole = list(talk.ask([user(ASKED[0])], 50))
     say = talk.say
 
     def pressed(*args: Any) -> Iterator[Any]:
@@ -373,7 +390,7 @@ def test_ctrl_c_stops_the_answer(
 
     monkeypatch.setattr(talk, "say", pressed)
     before = signal.getsignal(signal.SIGINT)
-    assert chat.reply_to(talk, [user(ASKED[0])], 50)
+    assert chat.reply_to(talk, [user(ASKED[0])], talk.request(50))
     assert signal.getsignal(signal.SIGINT) is before
     shown = capsys.readouterr()
     assert shown.out == "".join(piece.text for piece in whole[:3]) + "\n"
@@ -394,7 +411,7 @@ def test_the_command_through_a_pipe(engine: OnnxRuntimeEngine, demo: Path) -> No
     expected = ""
     for text in ASKED[:2]:
         messages.append(user(text))
-        expected += "".join(piece.text for piece in talk.say(messages, 30)) + "\n"
+        expected += "".join(piece.text for piece in talk.ask(messages, 30)) + "\n"
         messages.append(talk.reply())
     for mtp_k in (0, 3):
         result = talk_to(demo, *flags, "--mtp-k", mtp_k, lines="\n".join([*ASKED[:2], "", "not read"]))

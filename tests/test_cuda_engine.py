@@ -20,7 +20,7 @@ from engines.build import build
 from engines.manifest import Manifest
 from runtime.rounds import Decoder, generate
 from runtime.sampling import Sampler, SamplingConfig
-from runtime.session import Session
+from runtime.session import Request, Session
 from runtime.template import ChatTemplate
 from runtime.tokenizer import Tokenizer
 from tests.checkpoints import random_state, tiny_config, write_checkpoint
@@ -112,12 +112,12 @@ class TestOnGpu:
     def test_a_conversation_does_not_depend_on_drafts(self, engine: Any, demo: Path) -> None:
         seen = []
         for mtp_k in (0, 2, 4):
-            sampler = Sampler(SamplingConfig(temperature=0.8, seed=3))
-            talk = Session(engine, Tokenizer(demo / "cpu"), ChatTemplate(demo / "cpu"), sampler, mtp_k, capacity=1024)
+            request = Request(SamplingConfig(temperature=0.8, seed=3), 60)
+            talk = Session(engine, Tokenizer(demo / "cpu"), ChatTemplate(demo / "cpu"), mtp_k, capacity=1024)
             messages: list[dict[str, Any]] = []
             for text in ("Write a function that adds two numbers.", "Now one that multiplies.", "And a class."):
                 messages.append({"role": "user", "content": text})
-                list(talk.say(messages, 60))
+                list(talk.say(messages, request))
                 seen.append((talk.tokens, talk.reused))
                 messages.append(talk.reply())
             assert talk.reused > 0

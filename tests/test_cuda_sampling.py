@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 import random
 from ctypes import c_int
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
 from plugins import rms_norm
 from plugins.sampling import cuda as sampling_cuda
-from plugins.sampling.cuda import CONTROL_WORDS, SOURCE, SamplingKernels, defines, seed_words
+from plugins.sampling.cuda import CONTROL_WORDS, SOURCE, SamplingKernels, Steering, defines, seed_words
+from runtime import steering
 from runtime.sampling import Sampler, SamplingConfig, all_gumbel, philox
 from tests.backends import BACKENDS, Backend, pointer
 
@@ -65,6 +68,57 @@ class Device:
         self.backend.sync()
         assert all(torch.equal(outputs[0], other) for other in outputs[1:])
         return [int(token) for token in outputs[0]]
+
+    def steer(self, logits: Tensor, case: Steered, first: int = 0) -> Tensor:
+        move, out = self.backend.tensor, self.backend.empty(logits.shape, torch.float32)
+        before, tokens = move(logits), self.ints(*case.tokens)
+        tensors = [move(torch.from_numpy(array)) for array in case.packed()]
+        *addresses, allowed = [t.data_ptr() for t in tensors]
+        masked = case.allowed is not None
+        by = Steering(*addresses, allowed if masked else 0, tensors[-1].shape[-1] if masked else 0)
+        head = (before.data_ptr(), len(logits), tokens.data_ptr(), first, by)
+        self.kernels.steer(*head, out.data_ptr(), self.backend.stream)
+        self.backend.sync()
+        assert torch.equal(before.cpu().view(torch.int32), logits.view(torch.int32))
+        return out.cpu()
+
+
+@dataclass
+class Steered:
+    """A request between two rounds. tokens: of a verify; the first is the answer's last. More may follow."""
+
+    prompt: list[int]
+    answer: list[int]
+    tokens: list[int]
+    penalties: tuple[float, float, float]  # repetition, presence, frequency
+    bias: NDArray[np.float32]  # [V]
+    allowed: NDArray[np.bool_] | None = None  # [T, V]
+
+    def counts(self, tokens: list[int]) -> NDArray[np.int64]:
+        return np.bincount(np.array(tokens, np.int64), minlength=len(self.bias))
+
+    def packed(self) -> list[NDArray[Any]]:
+        """occurrences, params, bias, allowed, as the kernel reads them."""
+        occurrences = 2 * self.counts(self.answer) + (self.counts(self.prompt) > 0)
+        bits = np.packbits(np.zeros((1, 1), bool) if self.allowed is None else self.allowed, axis=1, bitorder="little")
+        words = np.pad(bits, ((0, 0), (0, 4 - bits.shape[1] % 4))).view("<i4")
+        return [occurrences.astype(np.int32), np.array(self.penalties, np.float32), self.bias, words]
+
+    def expected(self, logits: Tensor, first: int = 0) -> Tensor:
+        """logits float32 [T, V] or of the first entries, each step rounded to float32."""
+        rows, size = [], logits.shape[1]
+        repetition, presence, frequency = map(np.float32, self.penalties)
+        for t, row in enumerate(logits.numpy().copy()):
+            count = self.counts(self.answer + self.tokens[1 : 1 + first + t])[:size]
+            seen, answered = np.flatnonzero(count + self.counts(self.prompt)[:size]), np.flatnonzero(count)
+            row[seen] = np.where(row[seen] > 0, row[seen] / repetition, row[seen] * repetition)
+            row[answered] -= frequency * count[answered].astype(np.float32)
+            row[answered] -= presence
+            row += self.bias[:size]
+            if self.allowed is not None:
+                row[~self.allowed[t, :size]] = -1e30
+            rows.append(row)
+        return torch.from_numpy(np.stack(rows))
 
 
 def acceptable(logits: Tensor, config: SamplingConfig, position: int) -> set[int]:
@@ -310,3 +364,129 @@ def test_embedding_and_head_inputs(backend: Backend, hidden: int) -> None:
     for t in range(8):
         for one, all_rows in zip(run(t, 1), (x, out), strict=True):
             assert torch.equal(one[0], all_rows[t])
+
+
+def some_case(vocab: int, rows: int, kept: float | None = None) -> Steered:
+    """kept: the share of entries that the mask allows; None: no mask."""
+    prompt, answer, tokens = ([random.randrange(vocab) for _ in range(n)] for n in (vocab // 4, vocab // 3, rows + 3))
+    tokens[2:4] = tokens[1:2] * 2
+    bias = np.where(np.random.default_rng(vocab).random(vocab) < 0.1, 2.5, 0).astype(np.float32)
+    allowed = None if kept is None else (torch.rand(rows, vocab) < kept).numpy()
+    return Steered(prompt, answer, tokens, (1.3, 0.4, 0.25), bias, allowed)
+
+
+@pytest.mark.parametrize(("backend", "vocab"), sizes(24, 1001, 4096))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_steered_logits(backend: Backend, vocab: int, data: st.DataObject) -> None:
+    """To the bit, also of a draft vocabulary, whose kernels read the first entries of what the model's read."""
+    full = vocab + data.draw(st.sampled_from([0, 8, 45]), "entries beyond the vocabulary")
+    rows, first = data.draw(st.integers(1, 5), "rows"), data.draw(st.integers(0, 3), "first")
+    token = st.integers(0, full - 1) | st.integers(0, 5)
+    some = st.lists(token, max_size=12)
+    tokens = data.draw(st.lists(token, min_size=first + rows, max_size=first + rows + 2), "tokens")
+    repetition = st.just(1.0) | st.floats(0.125, 8, width=32)
+    penalty, bias = (st.just(0.0) | st.floats(-bound, bound, width=32) for bound in (2, 100))
+    penalties = data.draw(st.tuples(repetition, penalty, penalty), "penalties")
+    case = Steered(data.draw(some, "prompt"), data.draw(some, "answer"), tokens, penalties, np.zeros(full, np.float32))
+    for entry, value in data.draw(st.dictionaries(token, bias, max_size=8), "bias").items():
+        case.bias[entry] = value
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), "seed"))
+    logits, shares = torch.randn(rows, vocab, generator=generator) * 8, torch.rand(rows, full, generator=generator)
+    logits[:, ::7] = logits[:, ::7].round()  # with zeros of both signs
+    share = data.draw(st.sampled_from([None, 0.0, 0.1, 0.9]), "allowed")
+    case.allowed = None if share is None else (shares < share).numpy()
+    found, expected = Device(backend, vocab, rows=1).steer(logits, case, first), case.expected(logits, first)
+    np.testing.assert_array_equal(found.numpy().view(np.int32), expected.numpy().view(np.int32))
+
+
+@pytest.mark.parametrize(("backend", "vocab"), sizes(24, 1001, 4096))
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_steered_row_does_not_depend_on_its_neighbours(backend: Backend, vocab: int, first: int) -> None:
+    case, logits = some_case(vocab, 5, kept=0.5), torch.randn(5, vocab) * 3
+    assert case.allowed is not None
+    device = Device(backend, vocab, rows=1)
+    together = device.steer(logits, case, first)
+    for t in range(5):
+        alone = replace(case, allowed=case.allowed[t : t + 1])
+        assert torch.equal(device.steer(logits[t : t + 1], alone, first + t)[0], together[t])
+
+
+@pytest.mark.parametrize(("backend", "vocab"), sizes(24, 1001))
+def test_steered_logits_are_the_hosts(backend: Backend, vocab: int) -> None:
+    case, logits = some_case(vocab, 5), torch.randn(5, vocab) * 3
+    repetition, presence, frequency = case.penalties
+    config = SamplingConfig(
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=tuple((entry, float(case.bias[entry])) for entry in case.bias.nonzero()[0].tolist()),
+    )
+    host = steering.Steering(config, vocab, case.prompt)
+    for token in case.answer:
+        host.push(token)
+    np.testing.assert_array_equal(case.packed()[0], host.occurrences)
+    for row, before, token in zip(Device(backend, vocab).steer(logits, case), logits, case.tokens[1:], strict=False):
+        np.testing.assert_array_equal(row.numpy().view(np.int32), host.apply(before.numpy()).view(np.int32))
+        host.push(token)
+
+
+@both
+def test_settings_that_are_off_change_nothing(backend: Backend) -> None:
+    logits = torch.randn(3, 1001) * torch.logspace(-38, 37, 1001) + 0.0  # no -0.0
+    case = replace(some_case(1001, 3), penalties=(1.0, 0.0, 0.0), bias=np.zeros(1001, np.float32))
+    assert torch.equal(Device(backend, 1001).steer(logits, case).view(torch.int32), logits.view(torch.int32))
+
+
+@pytest.mark.parametrize(("backend", "vocab"), sizes(24, 1001))
+@pytest.mark.parametrize("kept", [None, 0.3, 0.01])
+@pytest.mark.parametrize("options", [*CONFIGS, {"temperature": 1e-6}, {"temperature": 1e-6, "top_k": 9}], ids=str)
+def test_steered_tokens_are_the_samplers(
+    backend: Backend, vocab: int, kept: float | None, options: dict[str, float]
+) -> None:
+    """With a mask that leaves fewer entries than top_k, too."""
+    config = SamplingConfig(**options, seed=random.choice(SEEDS))  # type: ignore[arg-type]
+    device, case = Device(backend, vocab), some_case(vocab, 3, kept)
+    if case.allowed is not None:
+        case.allowed[range(3), torch.randint(vocab, (3,)).numpy()] = True
+    logits, position = torch.randn(3, vocab) * 2, random.randrange(2**30)
+    adjusted = case.expected(logits)
+    for t, token in enumerate(device.sample(device.steer(logits, case), config, position)):
+        assert token in acceptable(adjusted[t], config, position + t), (position, config.seed)
+        assert case.allowed is None or case.allowed[t, token]
+    assert int(device.error) == 0
+
+
+@both
+@pytest.mark.parametrize("options", CONFIGS, ids=str)
+def test_what_is_not_finite_is_reported_through_steering(backend: Backend, options: dict[str, float]) -> None:
+    config = SamplingConfig(**options, seed=4)  # type: ignore[arg-type]
+    device, case = Device(backend, 600), some_case(600, 3, kept=0.5)
+    assert case.allowed is not None
+    case.answer, case.bias[555] = [*case.answer, 555], -100
+    for bad in (math.nan, -math.nan, math.inf, -math.inf):
+        for allowed in (True, False):
+            logits = torch.randn(3, 600)
+            case.allowed[:, 555], case.allowed[:, 7] = allowed, True
+            logits[1, case.allowed[1].tolist() if bad == -math.inf else 555] = bad
+            steered = device.steer(logits, case)
+            device.error.zero_()
+            tokens = device.sample(steered, config, 5)
+            is_error = allowed and bad != -math.inf  # beside -infinity the masked entries are finite
+            assert (int(device.error) != 0) == is_error and (tokens[1] == 0 or not is_error)
+            assert bad != -math.inf or bool((steered[1][case.allowed[1]] == bad).all())
+
+
+@both
+def test_tokens_of_rounds_are_counted(backend: Backend) -> None:
+    device, expected = Device(backend, 30), np.arange(30) % 2
+    occurrences = device.ints(*expected)
+    for count in (1, 4, 32, 3, 0):
+        tokens = [random.randrange(6) for _ in range(count)]
+        control = device.ints(*[9] * sampling_cuda.COUNT, count, *[9] * (CONTROL_WORDS - 1 - sampling_cuda.COUNT))
+        out = device.ints(*tokens, *[-1] * (32 - count))
+        a, b, c = (t.data_ptr() for t in (out, control, occurrences))
+        device.kernels.count(a, b, c, backend.stream)
+        backend.sync()
+        expected = expected + 2 * np.bincount(np.array(tokens, np.int64), minlength=30)
+        assert occurrences.tolist() == expected.tolist()

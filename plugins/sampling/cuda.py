@@ -1,12 +1,15 @@
-"""Launches kernel.cu: embedding rows, the head's inputs, sampling and acceptance without leaving the device.
+"""Launches kernel.cu: embedding rows, the head's inputs, penalties, sampling and acceptance, all on the device.
 
     kernels = SamplingKernels(Module(cached_kernels(SOURCE, "sm_90", defines(hidden_size))), vocab_size)
     scratch = torch.zeros(kernels.scratch_bytes(rows=3), dtype=torch.uint8, device="cuda")
-    kernels.sample(logits, 3, config, position, 1, seed, [tokens], error, scratch.data_ptr(), stream)
+    steering = Steering(occurrences=occurrences, params=params, bias=bias)    # optional: kernels.steer, .count
+    kernels.steer(logits, 3, verify_tokens, 0, steering, steered, stream)
+    kernels.sample(steered, 3, config, position, 1, seed, [tokens], error, scratch.data_ptr(), stream)
     kernels.accept(tokens, drafts, 2, seed, control, verify_tokens, head_tokens, out_tokens, stream)
+    kernels.count(out_tokens, control, occurrences, stream)
 
-Addresses are plain integers, of device memory. Positions and the seed lie there, so that a captured graph of these
-launches serves every round of every sequence; the other sampling parameters are captured with it.
+Addresses are plain integers, of device memory. Positions, the seed, penalties, biases and masks lie there, so that a
+captured graph of these launches serves every round of every sequence; the other sampling parameters are captured.
 """
 
 from __future__ import annotations
@@ -35,6 +38,26 @@ class Filters(Structure):
         ("log_min_p", c_float),
         ("top_p", c_double),
         ("top_k", c_int),
+        ("padding", c_int),
+    ]
+
+
+class Steering(Structure):
+    """Addresses of what changes logits before they are sampled; V is at least the vocabulary of the call.
+
+    occurrences: int32 [V], twice the times an entry stands in the answer so far, plus 1 if it stands in the prompt.
+    params: float32 [3], the penalties: repetition (1: off), presence and frequency (0: off).
+    bias: float32 [V]. occurrences and bias are aligned to 16 bytes.
+    allowed: uint32 [T, allowed_stride], bit v % 32 of word v / 32 set where row t may take entry v; 0 or None: all.
+    allowed_stride: words of a row of `allowed`.
+    """
+
+    _fields_ = [
+        ("occurrences", c_void_p),
+        ("params", c_void_p),
+        ("bias", c_void_p),
+        ("allowed", c_void_p),
+        ("allowed_stride", c_int),
         ("padding", c_int),
     ]
 
@@ -90,6 +113,22 @@ class SamplingKernels:
         addresses = (tokens, embedding, embedding_norm, hidden, hidden_norm, out)
         args = [*map(c_void_p, addresses), c_float(epsilon)]
         self._launch("mtp_inputs", (rows, 2), _THREADS, args, stream)
+
+    def steer(self, logits: int, rows: int, tokens: int, first: int, steering: Steering, out: int, stream: int) -> None:
+        """logits float32 [T, V] -> out float32 [T, V], which is another buffer: the penalties for what row t comes
+        after, then the bias; what `allowed` excludes is -1e30. All bits are those of the same steps in float32 on the
+        host. tokens: int32 [first + T] of a verify: the last token of the answer, which occurrences already counts,
+        then drafts, which it does not. Row t comes after tokens[1] to tokens[first + t]: first is 0 in a verify, i for
+        the one row of draft i, from 0."""
+        assert out != logits and first >= 0
+        assert not steering.allowed or steering.allowed_stride * 32 >= self.vocab_size
+        args = [c_void_p(logits), c_int(self.vocab_size), c_void_p(tokens), c_int(first), steering, c_void_p(out)]
+        self._launch("steer_logits", self._tiles(rows, 1), _THREADS, args, stream)
+
+    def count(self, out_tokens: int, control: int, occurrences: int, stream: int) -> None:
+        """After `accept`: occurrences int32 [V] of Steering takes in the control[COUNT] tokens of the round."""
+        args = [c_void_p(out_tokens), c_void_p(control), c_void_p(occurrences)]
+        self._launch("count_tokens", (1, 1), MAX_DRAFTS + 1, args, stream)
 
     def scratch_bytes(self, rows: int) -> int:
         """Of `sample`, for up to that many rows. Zero before the first call; launches on one stream share it."""

@@ -1,4 +1,5 @@
-// What a round does between its products and mixers: rows of the embedding, the head's inputs, sampling, acceptance.
+// What a round does between its products and mixers: rows of the embedding, the head's inputs, penalties and masks,
+// sampling, acceptance.
 // Launched by cuda.py. Macro: HIDDEN, the width of an embedding row, a multiple of 8.
 //
 // Sampling is runtime/sampling.py's, entry by entry. Whatever is added up across threads is an integer and whatever is
@@ -182,24 +183,38 @@ DEVICE void add_best(Row& row, Wide packed) {
     if (threadIdx.x == 0 && packed) atomicMax(&row.best, packed);
 }
 
-// Four logits from entry 4 * group on; -infinity past the end. Rows whose width is no multiple of 4 are not aligned.
-DEVICE void load_four(const float* row, int group, int vocab, float (&x)[4]) {
+// Four values from entry 4 * group on; `past` beyond the end. Rows whose width is no multiple of 4 are not aligned.
+template <typename Four, typename Value>
+DEVICE void load_four(const Value* row, int group, int vocab, Value past, Value (&x)[4]) {
     if (vocab % 4 == 0 && group < vocab / 4) {
-        float4 four = ((const float4*)row)[group];
+        Four four = ((const Four*)row)[group];
         x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
         return;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = group * 4 + i < vocab ? row[group * 4 + i] : __uint_as_float(0xff800000u);
+    for (int i = 0; i < 4; ++i) x[i] = group * 4 + i < vocab ? row[group * 4 + i] : past;
 }
 
-// A block's tile: GROUPS groups of four per thread.
+// Those of the four that are not past the end; at least one is not.
+DEVICE void store_four(float* row, int group, int vocab, const float (&x)[4]) {
+    if (vocab % 4 == 0) {
+        ((float4*)row)[group] = make_float4(x[0], x[1], x[2], x[3]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (group * 4 + i < vocab) row[group * 4 + i] = x[i];
+}
+
+// A block's tile of a row of logits: GROUPS groups of four per thread, -infinity past the end.
 template <int GROUPS>
 struct Tile {
     float x[GROUPS][4];
     DEVICE Tile(const float* logits, int vocab) {
 #pragma unroll
-        for (int i = 0; i < GROUPS; ++i) load_four(logits + (int64_t)blockIdx.y * vocab, group(i), vocab, x[i]);
+        for (int i = 0; i < GROUPS; ++i)
+            load_four<float4>(logits + (int64_t)blockIdx.y * vocab, group(i), vocab, __uint_as_float(0xff800000u),
+                              x[i]);
     }
     DEVICE int group(int i) const { return (blockIdx.x * GROUPS + i) * THREADS + threadIdx.x; }
 };
@@ -532,6 +547,66 @@ KERNEL sample_filtered(const float* logits, int vocab, Filters filters, const in
     if (threadIdx.x) return;
     row.listed = 0;
     write_token(row, tokens, error, blockIdx.y);
+}
+
+// ---- penalties, bias, masks --------------------------------------------------------------------------------------
+
+constexpr float MASKED = -1e30f;  // finite at any temperature, so that only what came in not finite is an error
+
+struct Penalties {
+    float repetition, presence, frequency;
+};
+
+struct Steering {
+    const int* occurrences;   // [V]: twice the times an entry stands in the answer, plus 1 if it stands in the prompt
+    const Penalties* params;  // in device memory: a captured graph serves every request
+    const float* bias;        // [V]
+    const uint32_t* allowed;  // [T, allowed_stride], or null: bit v % 32 of word v / 32 is entry v's
+    int allowed_stride;
+    int padding;
+};
+
+// Each operation rounded by itself, never fused with the next: the bits are those of the same steps on the host.
+DEVICE float steer(float logit, int occurrences, const Penalties& by, float bias) {
+    int count = occurrences >> 1;
+    if (occurrences) logit = logit > 0 ? __fdiv_rn(logit, by.repetition) : __fmul_rn(logit, by.repetition);
+    logit = __fsub_rn(logit, __fmul_rn(by.frequency, (float)count));
+    if (count) logit = __fsub_rn(logit, by.presence);
+    return __fadd_rn(logit, bias);
+}
+
+// logits [T, V] -> out [T, V], another buffer. Row t comes after tokens[1] to tokens[first + t], which `occurrences`
+// does not count yet. Grid: tiles of 1, T.
+KERNEL steer_logits(const float* logits, int vocab, const int* tokens, int first, Steering steering, float* out) {
+    wait_for_previous();
+    launch_next();
+    int row = blockIdx.y;
+    Tile<1> tile(logits, vocab);
+    int group = tile.group(0), occurrences[4];
+    if (group * 4 >= vocab) return;
+    float bias[4];
+    load_four<int4>(steering.occurrences, group, vocab, 0, occurrences);
+    load_four<float4>(steering.bias, group, vocab, 0.f, bias);
+    Penalties penalties = *steering.params;
+    uint32_t allowed = ALL_LANES;
+    if (steering.allowed)
+        allowed = steering.allowed[(int64_t)row * steering.allowed_stride + group / 8] >> group % 8 * 4;
+    for (int j = 1; j <= first + row; ++j) {
+        int token = tokens[j];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) occurrences[i] += token == group * 4 + i ? 2 : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        tile.x[0][i] = allowed >> i & 1 ? steer(tile.x[0][i], occurrences[i], penalties, bias[i]) : MASKED;
+    store_four(out + (int64_t)row * vocab, group, vocab, tile.x[0]);
+}
+
+// One warp, after accept_drafts: the tokens of the round, of which one may come twice, into `occurrences`.
+KERNEL count_tokens(const int* out_tokens, const int* control, int* occurrences) {
+    wait_for_previous();
+    launch_next();
+    if ((int)threadIdx.x < control[COUNT]) atomicAdd(&occurrences[out_tokens[threadIdx.x]], 2);
 }
 
 // ---- acceptance --------------------------------------------------------------------------------------------------
