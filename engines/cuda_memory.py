@@ -85,6 +85,9 @@ class RoundBuffers:
         self.seed = integers(2)
         self.verify_tokens, self.head_tokens = integers(rows), integers(rows)
         self.sampled = integers(rows)
+        # What changes logits before they are sampled, see plugins/sampling, and the changed ones.
+        self.occurrences, self.penalties, self.bias = integers(c.vocab_size), floats(3), floats(c.vocab_size)
+        self.allowed, self.steered = zeros(rows, -(-c.vocab_size // 32), dtype=torch.int32), floats(rows, c.vocab_size)
         self.x, self.hidden, self.logits = floats(rows, h), floats(rows, h), floats(rows, c.vocab_size)
         self.mixed = floats(rows, c.value_dim)
         self.squares = floats(rows * c.linear_num_value_heads * head_parts)
@@ -98,6 +101,12 @@ class RoundBuffers:
         # The head's: [embedding, hidden] of its rows, their residual stream, and those of the row that it drafts from.
         self.pair, self.head_x, self.draft_x = floats(rows, 2 * h), floats(rows, h), floats(1, h)
         self.head_hidden, self.draft_logits, self.draft_token = floats(1, h), floats(1, draft_vocab), integers(1)
+
+    def steering(self, masked: bool) -> sampling_cuda.Steering:
+        """masked: by a grammar too."""
+        addresses = [tensor.data_ptr() for tensor in (self.occurrences, self.penalties, self.bias)]
+        allowed = (self.allowed.data_ptr(), self.allowed.shape[1]) if masked else (None, 0)
+        return sampling_cuda.Steering(*addresses, *allowed)
 
 
 class PrefillBuffers:

@@ -88,12 +88,14 @@ class Gpu:
 
 class Sample(NamedTuple):
     """How the token of every row of logits is found, at which position from the control block's on, and where it goes:
-    addresses of int32 [T]."""
+    addresses of int32 [T]. steering: what changes the logits before; the first row comes after `first` drafts."""
 
     kernels: sampling_cuda.SamplingKernels
     config: SamplingConfig
     offset: int
     outputs: list[int]
+    steering: sampling_cuda.Steering | None = None
+    first: int = 0
 
 
 def check_sizes(config: ModelConfig, formats: dict[str, str]) -> None:
@@ -216,8 +218,9 @@ class CudaModel:
             self.recorded.append((name, call))
         call()
 
-    def warm_up(self, mtp_k: int) -> None:
-        """Before a round is captured: nothing is left to do once kernels are loaded."""
+    def warm_up(self, mtp_k: int, rows: int) -> None:
+        """Before a round of `mtp_k` drafts, the first of them after `rows` rows, is captured: nothing is left to do
+        once kernels are loaded."""
 
     def control(self, word: int) -> int:
         """The address of a word of the control block."""
@@ -356,7 +359,9 @@ class CudaModel:
 
     # ---- the graphs ----
 
-    def verify(self, rows: int, sampling: SamplingConfig | None = None) -> None:
+    def verify(
+        self, rows: int, sampling: SamplingConfig | None = None, steering: sampling_cuda.Steering | None = None
+    ) -> None:
         """buffers.verify_tokens at the control block's position -> buffers.logits and hidden; with `sampling` also
         buffers.sampled."""
         c, b = self.config, self.buffers
@@ -372,10 +377,33 @@ class CudaModel:
                 self.delta_net(name, rows)
             self.mlp(name, b.x, rows)
         given = self.input(b.x, rows, "norm")
-        sample = Sample(self.sampling, sampling, 1, [b.sampled.data_ptr()]) if sampling else None
+        sample = self.of_rows(sampling, steering) if sampling else None
         self.project("lm_head", given, self.store(self.head, b.logits), b.hidden, b.logits, sample)
 
-    def draft(self, rows: int, index: int, sampling: SamplingConfig | None = None) -> None:
+    def of_rows(self, sampling: SamplingConfig, steering: sampling_cuda.Steering | None) -> Sample:
+        """How the rows of a verify are sampled."""
+        return Sample(self.sampling, sampling, 1, [self.buffers.sampled.data_ptr()], steering)
+
+    def of_draft(
+        self, index: int, sampling: SamplingConfig | None, steering: sampling_cuda.Steering | None
+    ) -> Sample | None:
+        """How a draft is. The mask of the first is known before the round, those of others are not."""
+        if not sampling:
+            return None
+        b = self.buffers
+        places = (b.drafts, index), (b.verify_tokens, index + 1), (b.draft_token, 0)
+        outputs = [buffer.data_ptr() + 4 * at for buffer, at in places]
+        if steering and index:
+            steering = steering.unmasked()
+        return Sample(self.draft_sampling, sampling, 1 + index, outputs, steering, index)
+
+    def draft(
+        self,
+        rows: int,
+        index: int,
+        sampling: SamplingConfig | None = None,
+        steering: sampling_cuda.Steering | None = None,
+    ) -> None:
         """The head's draft number `index`, from 0: buffers.draft_logits; with `sampling` also its token, to where the
         next draft, the verify and the acceptance look for it. The first takes the `rows` rows of the last verify, of
         which HEAD_ROWS are true; later ones the draft before."""
@@ -402,9 +430,7 @@ class CudaModel:
         self.mlp(name, b.draft_x, 1)
         head = self.store(self.draft_head, b.draft_logits, n=self.draft_vocab)
         given = self.input(b.draft_x, 1, "mtp.norm")
-        places = (b.drafts, index), (b.verify_tokens, index + 1), (b.draft_token, 0)
-        outputs = [buffer.data_ptr() + 4 * at for buffer, at in places]
-        sample = Sample(self.draft_sampling, sampling, 1 + index, outputs) if sampling else None
+        sample = self.of_draft(index, sampling, steering)
         self.project("draft head", given, head, b.head_hidden, b.draft_logits, sample)
 
     def project(
@@ -413,7 +439,7 @@ class CudaModel:
         """An lm_head: logits, the normed rows to `hidden`, and the rows' tokens, those of the largest logits by the
         same launch, others by sampling's own."""
         best = None
-        if sample and sample.config.temperature == 0:
+        if sample and sample.config.temperature == 0 and not sample.steering:
             tokens = sampling_cuda.Tokens.of(sample.outputs)
             scratch, error = self.sampling_scratch.data_ptr(), self.control(sampling_cuda.ERROR)
             best = linear.BestArguments(scratch, error, tokens, sample.kernels.vocab_size)
@@ -424,6 +450,11 @@ class CudaModel:
 
     def sample(self, sample: Sample, logits: Tensor, rows: int) -> None:
         position, error = self.control(sampling_cuda.POSITION), self.control(sampling_cuda.ERROR)
+        if sample.steering:
+            steered, given = self.buffers.steered, (self.buffers.verify_tokens.data_ptr(), sample.first)
+            arguments = logits.data_ptr(), rows, *given, sample.steering, steered.data_ptr()
+            self.launch("steer", sample.kernels.steer, *arguments)
+            logits = steered
         self.launch(
             *("sample", sample.kernels.sample, logits.data_ptr(), rows, sample.config, position, sample.offset),
             *(self.buffers.seed.data_ptr(), sample.outputs, error, self.sampling_scratch.data_ptr()),
@@ -438,17 +469,14 @@ class CudaModel:
             simulate=simulate,
         )
 
-    def sample_first(self, sampling: SamplingConfig) -> None:
+    def count(self) -> None:
+        """The round's tokens into buffers.occurrences."""
+        b = self.buffers
+        addresses = b.out_tokens.data_ptr(), b.control.data_ptr(), b.occurrences.data_ptr()
+        self.launch("count", self.sampling.count, *addresses)
+
+    def sample_first(self, sampling: SamplingConfig, steering: sampling_cuda.Steering | None = None) -> None:
         """The token after a prompt, at the control block's position: into the next verify and the head."""
         b = self.buffers
         outputs = [b.verify_tokens.data_ptr(), b.head_tokens.data_ptr()]
-        self.sample(Sample(self.sampling, sampling, 0, outputs), b.logits, 1)
-
-    def round(
-        self, mtp_k: int, sampling: SamplingConfig, drafting: SamplingConfig, simulate: float | None = None
-    ) -> None:
-        """K drafts, the verify, acceptance: what runtime.rounds.Decoder.round does, without the host."""
-        for i in range(mtp_k):
-            self.draft(mtp_k + 1, i, drafting)
-        self.verify(mtp_k + 1, sampling)
-        self.accept(mtp_k, simulate)
+        self.sample(Sample(self.sampling, sampling, 0, outputs, steering), b.logits, 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from engines import cuda_memory
 from engines.cuda import CudaEngine, loading
 from engines.cuda_memory import RoundBuffers, State, floats, integers, octets
-from engines.cuda_model import CudaModel, Gpu, Options, Sample
+from engines.cuda_model import CudaModel, Gpu, Options
 from engines.cuda_weights import DeviceWeights, device_dtype
 from engines.kernel_store import KernelStore, plugin_version
 from engines.manifest import WEIGHTS, Manifest
@@ -154,7 +154,9 @@ class TensorRtModel(CudaModel):
     def word(self, word: int) -> Tensor:
         return self.buffers.control[word : word + 1]
 
-    def verify(self, rows: int, sampling: SamplingConfig | None = None) -> None:
+    def verify(
+        self, rows: int, sampling: SamplingConfig | None = None, steering: sampling_cuda.Steering | None = None
+    ) -> None:
         b = self.buffers
         self.execute(
             "main.verify",
@@ -165,9 +167,15 @@ class TensorRtModel(CudaModel):
             logits=b.logits[:rows],
         )
         if sampling:
-            self.sample(Sample(self.sampling, sampling, 1, [b.sampled.data_ptr()]), b.logits, rows)
+            self.sample(self.of_rows(sampling, steering), b.logits, rows)
 
-    def draft(self, rows: int, index: int, sampling: SamplingConfig | None = None) -> None:
+    def draft(
+        self,
+        rows: int,
+        index: int,
+        sampling: SamplingConfig | None = None,
+        steering: sampling_cuda.Steering | None = None,
+    ) -> None:
         b, first = self.buffers, index == 0
         place = self.word(sampling_cuda.HEAD_POSITION if first else sampling_cuda.POSITION)
         self.execute(
@@ -179,17 +187,15 @@ class TensorRtModel(CudaModel):
             next_hidden=self.chained[index % 2],
             logits=b.draft_logits,
         )
-        places = (b.drafts, index), (b.verify_tokens, index + 1), (b.draft_token, 0)
-        outputs = [buffer.data_ptr() + 4 * at for buffer, at in places]
-        if sampling:
-            self.sample(Sample(self.draft_sampling, sampling, 1 + index, outputs), b.draft_logits, 1)
+        if sample := self.of_draft(index, sampling, steering):
+            self.sample(sample, b.draft_logits, 1)
 
-    def warm_up(self, mtp_k: int) -> None:
+    def warm_up(self, mtp_k: int, rows: int) -> None:
         """Every call of a round once, outside a capture, where TensorRT may allocate and compile. Leaves no trace: it
         writes rows that the round writes again, and the hidden state is put back."""
         hidden = self.buffers.hidden.clone()
         for index in range(mtp_k):
-            self.draft(mtp_k + 1, index)
+            self.draft(rows, index)
         self.verify(mtp_k + 1)
         self.buffers.hidden.copy_(hidden)
 

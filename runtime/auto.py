@@ -17,7 +17,8 @@ from itertools import accumulate
 from operator import mul
 
 MOST = 6  # drafts: beyond, what a further one adds is small wherever it was measured
-MEMORY = 0.96  # of acceptance, a round: half of it is gone after 17
+MEMORY = 0.97  # of acceptance at a position, a draft there: half of it is gone after 23
+FADING = 0.998  # the same, a round without a draft there
 KEPT = 9  # rounds of each K whose median is their cost
 PROBE = 24  # rounds between two that try another K
 PRIOR = 4.0  # rounds' worth of belief that a draft is right as often as the one before it
@@ -51,11 +52,11 @@ class AutoK:
         self.seen[drafted] += 1
         if self.seen[drafted] > 1:  # the first one prepares things
             self.seconds[drafted].append(seconds)
-        self.offered = [MEMORY * value for value in self.offered]
-        self.right = [MEMORY * value for value in self.right]
-        for i in range(min(drafted, accepted + 1)):
-            self.offered[i] += 1
-            self.right[i] += i < accepted
+        for i in range(self.most):
+            seen = i < min(drafted, accepted + 1)
+            memory = MEMORY if seen else FADING
+            self.offered[i] = memory * self.offered[i] + seen
+            self.right[i] = memory * self.right[i] + (seen and i < accepted)
 
     def acceptance(self) -> list[float]:
         """By position, given that the drafts before were right."""

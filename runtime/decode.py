@@ -148,7 +148,7 @@ def summary(rounds: list[Round], most: int, text: str | None) -> dict[str, Any]:
     prefill, decode = rounds[0], rounds[1:]
     seconds = sum(r.seconds for r in decode)
     emitted = sum(len(r.tokens) for r in decode)
-    result = {
+    result: dict[str, Any] = {
         "token_ids": [token for r in rounds for token in r.tokens],
         "text": text,
         "rounds": len(decode),

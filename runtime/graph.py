@@ -3,13 +3,18 @@
 Does what runtime.rounds.Decoder does, token for token, over the same kernels; the host only launches the graph and
 reads the round's tokens back. A round finds all that it needs on the device, so the next one is launched before this
 one is read: the GPU does not wait for the host. `runtime.rounds.generate` uses it for engines of the cuda target.
+
+With a grammar a round is three graphs: the masks of its rows depend on the drafts, and the host makes them while the
+verify runs.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,14 +22,34 @@ from engines.cuda import CudaEngine
 from engines.cuda_memory import PREFILL_CHUNK
 from export.errors import UserError
 from plugins.sampling.cuda import CONTROL_WORDS, COUNT, ERROR, seed_words
-from runtime.sampling import Sampler
+from runtime.sampling import Sampler, SamplingConfig, TokenLogprob, logprob_of
+from runtime.steering import Steering
 
 IN_FLIGHT = 2  # rounds launched and not yet read; each has a graph and a place for its results
+MAX_GRAPHS = 64  # kept; a round of another shape than these is captured again
+WHOLE, DRAFTS, VERIFY, FINISH = "whole", "drafts", "verify", "finish"  # what a graph holds of a round
+
+
+class Shape(NamedTuple):
+    """What is captured with a round. rows: that the head has not seen, right or wrong: those of the verify before."""
+
+    rows: int
+    drafts: int
+    sampling: SamplingConfig
+    drafting: SamplingConfig
+    steered: bool
+    masked: bool
+
+
+class Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    done: torch.cuda.Event
 
 
 class GraphDecoder:
     """A runtime.rounds.Decoding. Rounds leave the device a round further than it says, see `settle`; with in_flight=1
-    they do not, and only then what they emitted can be cut and continued. simulate: a benchmark's acceptance."""
+    they do not, and only then what they emitted can be cut and continued, drafts be more or fewer than in the round
+    before, tokens be steered or their logprobs be had. simulate: a benchmark's acceptance."""
 
     def __init__(
         self,
@@ -37,20 +62,38 @@ class GraphDecoder:
         in_flight: int = IN_FLIGHT,
     ) -> None:
         self.engine, self.mtp_k, self.simulate, self.in_flight = engine, mtp_k, simulate, in_flight
-        self.sampling, self.drafting = sampler.config, (drafter or sampler).config
         engine.start(capacity, window=mtp_k + 1)
         self.model = engine.model
-        self.model.buffers.seed.copy_(torch.tensor(seed_words(self.sampling.seed), dtype=torch.int32))
-        results = self.model.buffers.results
-        self.host = [
-            torch.zeros(results.shape, dtype=results.dtype, pin_memory=results.is_cuda) for _ in range(in_flight)
-        ]
-        self.graphs: list[tuple[torch.cuda.CUDAGraph, torch.cuda.Event]] = []
+        b = self.model.buffers
+        self.host = [pinned(b.results) for _ in range(in_flight)]
+        self.host_drafts, self.host_allowed = pinned(b.drafts), pinned(b.allowed)
+        self.graphs: OrderedDict[tuple[Shape, str, int], Graph] = OrderedDict()
         self.position = self.launched = self.read = 0
         self.accepted = 0  # rows of the last round, which the next call commits
         self.head_tokens: list[int] = []  # what followed the rows that the head has not seen
-        if results.is_cuda:  # a round on its way still writes to `host`
+        self.queued: list[int] = []  # the same of earlier rows, of rounds without drafts; they wait in `prefilled`
+        self.rows = 0  # of the last verify; 0: a prefill came after it
+        self.under_way: Shape | None = None  # of rounds that are launched and not read
+        self.ask(sampler)
+        self.drafting = _captured(drafter or sampler)
+        if b.results.is_cuda:  # a round on its way still writes to `host`
             weakref.finalize(self, torch.cuda.synchronize)
+
+    def ask(self, sampler: Sampler, steering: Steering | None = None, logprobs: int | None = None) -> None:
+        assert self.in_flight == 1 or (steering is None and logprobs is None)
+        self.settle()
+        self.sampling = self.drafting = _captured(sampler)
+        self.steering, self.alternatives = steering, logprobs
+        self.logprobs: list[TokenLogprob] = []
+        self.masked = steering is not None and steering.state is not None
+        b, seed = self.model.buffers, sampler.config.seed
+        b.seed.copy_(torch.tensor(seed_words(seed), dtype=torch.int32))
+        self.steered = b.steering(self.masked) if steering else None
+        if steering:
+            c = steering.config
+            b.penalties.copy_(torch.tensor([c.repetition_penalty, c.presence_penalty, c.frequency_penalty]))
+            b.occurrences.copy_(torch.from_numpy(steering.occurrences))
+            b.bias.copy_(torch.from_numpy(steering.bias))
 
     def reset(self) -> None:
         """In place: the captured rounds stay. Cache slots need nothing, they are written before they are read."""
@@ -59,17 +102,33 @@ class GraphDecoder:
             for tensor in memory:
                 tensor.zero_()
         self.model.buffers.control.zero_()
-        self.position = self.accepted = 0
+        self.position = self.accepted = self.rows = 0
+        self.head_tokens, self.queued = [], []
+
+    # ---- the head's rows ----
+
+    def _append_to_head(self, following: list[int], position: int) -> None:
+        """Rows that wait in prefilled.buffers.hidden into the head's cache."""
+        b, rows = self.engine.prefilled.buffers, len(following)
+        b.next_tokens[:rows].copy_(torch.tensor(following, dtype=torch.int32))
+        self.engine._control(POSITION=position)
+        self.engine.prefilled.head(rows, 0, 0)
+        self.engine._control(POSITION=self.position)
+
+    def _queue(self) -> None:
+        """The rows of the last round, which the next verify overwrites, behind those that wait for the head."""
+        b, rows = self.engine.prefilled.buffers, len(self.head_tokens)
+        if len(self.queued) + rows > b.rows:
+            self._flush()
+        start = len(self.queued)
+        b.hidden[start : start + rows].copy_(self.model.buffers.hidden[:rows])
+        self.queued += self.head_tokens
         self.head_tokens = []
 
-    def _append_to_head(self, token: int) -> None:
-        """The rows of the last round, or the prompt's last one, into the head's cache; `token` follows them."""
-        prefilled, following = self.engine.prefilled, [*self.head_tokens[:-1], token]
-        rows = len(following)
-        self.engine._control(POSITION=self.position - rows)
-        prefilled.buffers.hidden[:rows].copy_(self.model.buffers.hidden[:rows])
-        prefilled.buffers.next_tokens[:rows].copy_(torch.tensor(following, dtype=torch.int32))
-        prefilled.head(rows, 0, 0)
+    def _flush(self) -> None:
+        if self.queued:
+            self._append_to_head(self.queued, self.position - len(self.head_tokens) - len(self.queued))
+            self.queued = []
 
     def prefill(self, prompt: Sequence[int], update: Callable[[float, float], None] | None = None) -> int:
         """Run the prompt through the model in chunks and sample the first token. After rounds it goes on at `position`;
@@ -79,7 +138,9 @@ class GraphDecoder:
         prefilled, b, begin = engine.prefilled, model.buffers, self.position
         tokens = torch.tensor(prompt, dtype=torch.int32)
         if self.mtp_k and self.head_tokens:
-            self._append_to_head(prompt[0])
+            self.head_tokens[-1] = prompt[0]
+            self._queue()
+            self._flush()
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
             rows, hidden = len(chunk), prefilled.buffers.hidden
@@ -101,63 +162,143 @@ class GraphDecoder:
         if self.mtp_k:
             b.hidden[:1].copy_(prefilled.buffers.hidden[:1])
         engine._control(POSITION=last, COMMIT=0, HEAD_ROWS=1, HEAD_POSITION=last - 1, HEAD_LAST=0)
-        model.sample_first(self.sampling)
+        if self.masked:
+            self._allow([])
+        model.sample_first(self.sampling, self.steered)
         self.position, self.accepted, self.last = last, 0, int(b.verify_tokens[0])
-        self.head_tokens = [self.last]
+        self.head_tokens, self.rows = [self.last], 0
         self._check(int(b.control[ERROR]))
+        self._emitted([self.last])
+        if self.steering:
+            b.occurrences[self.last] += 2
         return self.last
 
-    def capture(self) -> None:
+    # ---- rounds ----
+
+    def shape(self, drafts: int) -> Shape:
+        """Of a round that comes next."""
+        steered = self.steered is not None
+        return Shape(self.rows or drafts + 1, drafts, self.sampling, self.drafting, steered, self.masked)
+
+    def capture(self, shape: Shape, part: str = WHOLE) -> None:
         """Record the round, once for every place of its results."""
-        self.model.warm_up(self.mtp_k)
+        if shape.drafts or part != DRAFTS:
+            self.model.warm_up(shape.drafts, shape.rows)
         torch.cuda.synchronize()
         collecting = gc.isenabled()
         gc.disable()  # it could end another decoder, which would wait for the device: not allowed during a capture
         try:
             for place in range(self.in_flight):
-                self.graphs.append((torch.cuda.CUDAGraph(), torch.cuda.Event()))
-                with torch.cuda.graph(self.graphs[place][0]):
-                    self.enqueue(place)
+                graph = Graph(torch.cuda.CUDAGraph(), torch.cuda.Event())
+                with torch.cuda.graph(graph.graph):
+                    self.enqueue(shape, part, place)
+                self.graphs[shape, part, place] = graph
         finally:
             if collecting:
                 gc.enable()
+        while len(self.graphs) > MAX_GRAPHS:
+            self.graphs.popitem(last=False)
 
-    def launch(self, place: int) -> None:
-        if not self.graphs:
-            self.capture()
-        graph, done = self.graphs[place]
-        graph.replay()
-        done.record()
+    def launch(self, shape: Shape, part: str, place: int) -> None:
+        key = shape, part, place
+        if key not in self.graphs:
+            self.capture(shape, part)
+        self.graphs.move_to_end(key)
+        self.graphs[key].graph.replay()
+        self.graphs[key].done.record()
 
-    def wait(self, place: int) -> None:
-        """Until the results of the round launched last for `place` are on the host."""
-        self.graphs[place][1].synchronize()
+    def wait(self, shape: Shape, part: str, place: int) -> None:
+        """Until what this launch leaves is on the host."""
+        self.graphs[shape, part, place].done.synchronize()
 
-    def enqueue(self, place: int) -> None:
-        self.model.round(self.mtp_k, self.sampling, self.drafting, self.simulate)
-        self.host[place].copy_(self.model.buffers.results, non_blocking=True)
+    def enqueue(self, shape: Shape, part: str, place: int) -> None:
+        model, b = self.model, self.model.buffers
+        steering = b.steering(shape.masked) if shape.steered else None
+        if part in (WHOLE, DRAFTS):
+            for index in range(shape.drafts):
+                model.draft(shape.rows, index, shape.drafting, steering)
+        if part == DRAFTS:
+            self.host_drafts.copy_(b.drafts, non_blocking=True)
+        if part in (WHOLE, VERIFY):
+            model.verify(shape.drafts + 1, shape.sampling if part == WHOLE else None, steering)
+        if part == FINISH:
+            model.sample(model.of_rows(shape.sampling, steering), b.logits, shape.drafts + 1)
+        if part in (WHOLE, FINISH):
+            model.accept(shape.drafts, self.simulate)
+            if steering:
+                model.count()
+            self.host[place].copy_(b.results, non_blocking=True)
 
     def settle(self) -> None:
         """Wait for the round that is not read yet and drop it. It has committed every row before `position`, so nothing
         is pending any more; the control block is still its own."""
         while self.read < self.launched:
-            self.wait(self.read % self.in_flight)
+            assert self.under_way
+            self.wait(self.under_way, WHOLE, self.read % self.in_flight)
             self.read += 1
 
-    def round(self, count: int) -> tuple[list[int], list[int]]:
-        """One round -> (drafts, the tokens they became). Always K drafts; `count` cuts what is given back."""
-        while self.launched < self.read + self.in_flight:
-            self.launch(self.launched % self.in_flight)
-            self.launched += 1
-        place, rows = self.read % self.in_flight, self.mtp_k + 1
-        self.wait(place)
-        self.read += 1
+    def round(self, count: int, limit: int | None = None) -> tuple[list[int], list[int]]:
+        """One round -> (drafts, the tokens they became). Always of `count` drafts; limit cuts what is given back."""
+        if self.mtp_k and not count:
+            self._queue()
+        else:
+            self._flush()
+        shape = self.shape(count)
+        place = self.read % self.in_flight
+        if shape.masked:
+            self._launch_masked(shape)
+            self.wait(shape, FINISH, place)
+        else:
+            assert self.read == self.launched or shape == self.under_way
+            self.under_way = shape
+            while self.launched < self.read + self.in_flight:
+                self.launch(shape, WHOLE, self.launched % self.in_flight)
+                self.launched += 1
+            self.wait(shape, WHOLE, place)
+            self.read += 1
+        rows = self.model.buffers.rows
         control, tokens, drafts = (part.tolist() for part in self.host[place].split([CONTROL_WORDS, rows, rows]))
         self._check(control[ERROR])
         emitted = tokens[: control[COUNT]]
         self.position += len(emitted)
-        self.accepted, self.head_tokens, self.last = len(emitted), emitted, emitted[-1]
-        return drafts[:count], emitted[: count + 1]
+        self.accepted, self.last, self.rows = len(emitted), emitted[-1], count + 1
+        self.head_tokens = list(emitted)
+        self._emitted(emitted)
+        return drafts[:count][: limit and limit - 1], emitted[:limit]
+
+    def _launch_masked(self, shape: Shape) -> None:
+        """The round in three parts: the grammar sees the drafts before the rows are sampled."""
+        self._allow([])
+        self.launch(shape, DRAFTS, 0)
+        self.launch(shape, VERIFY, 0)
+        self.wait(shape, DRAFTS, 0)
+        self._allow(self.host_drafts[: shape.drafts].tolist())
+        self.launch(shape, FINISH, 0)
+
+    def _allow(self, drafts: list[int]) -> None:
+        """The masks of a row and of those after each draft, as far as the grammar takes them."""
+        assert self.steering and self.steering.state
+        self.host_allowed.fill_(-1)  # everything: rows behind a draft against the grammar are never emitted
+        state = self.steering.state.copy()
+        for row in range(len(drafts) + 1):
+            allowed = state.allowed()
+            if allowed is not None:
+                self.host_allowed[row].numpy()[:] = allowed.view("int32")
+            if row < len(drafts) and not state.push(drafts[row]):
+                break
+        count = len(drafts) + 1
+        self.model.buffers.allowed[:count].copy_(self.host_allowed[:count], non_blocking=True)
+
+    def _emitted(self, tokens: list[int]) -> None:
+        """What is to be known of the main model's tokens."""
+        if self.steering:
+            for token in tokens:
+                self.steering.push(token)
+        if self.alternatives is not None:
+            logits = self.model.buffers.logits[: len(tokens)].cpu().numpy()
+            self.logprobs = [
+                logprob_of(row, token, self.alternatives) for row, token in zip(logits, tokens, strict=True)
+            ]
 
     def cut(self, kept: int) -> None:
         dropped = self.accepted - kept
@@ -176,3 +317,14 @@ class GraphDecoder:
     def _check(error: int) -> None:
         if error:
             raise UserError("the logits are not finite: the checkpoint holds NaN or infinity; download it again")
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A place on the host for it."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _captured(sampler: Sampler) -> SamplingConfig:
+    """What of the settings is captured with a round; the rest lies in device memory."""
+    c = sampler.config
+    return SamplingConfig(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)

@@ -174,7 +174,7 @@ class Decoder:
             tokens.append(self._emit(logits[len(tokens)], self.position + 1 + len(tokens)))
         self.accepted = len(tokens)
         if count or not self.mtp_k:
-            self.head_hidden, self.head_tokens = hidden[: len(tokens)], tokens
+            self.head_hidden, self.head_tokens = hidden[: len(tokens)].copy(), tokens
         else:  # nothing was drafted: the head has not seen its rows yet, and these queue up behind them
             self.head_hidden = np.concatenate([self.head_hidden, hidden])
             self.head_tokens = [*self.head_tokens, *tokens]
@@ -275,9 +275,10 @@ def answer(
     while left and not stopped:
         start, position = time.perf_counter(), decoder.position + 1
         # Never more than there are places left.
-        drafts, tokens = decoder.round(count if isinstance(count, int) else count.choose(), left)
+        chosen = count if isinstance(count, int) else count.choose()
+        drafts, tokens = decoder.round(chosen, left)
         seconds = time.perf_counter() - start
-        if isinstance(count, AutoK):
+        if isinstance(count, AutoK) and chosen < left:
             count.record(len(drafts), len(tokens) - 1, seconds)
         end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), None)
         stopped = end is not None

@@ -128,11 +128,14 @@ class TokenLogprob(NamedTuple):
 
 
 def logprob_of(logits: Floats, token: int, count: int) -> TokenLogprob:
-    """logits float32 [V] that `token` was sampled from; count: how many of the most likely, of equals the first."""
+    """logits float32 [V] that `token` was sampled from; count: how many of the most likely ones."""
     values = logits.astype(np.float64) - logits.max()
     values -= np.log(np.exp(values).sum())
-    top = np.argsort(-values, kind="stable")[:count].tolist() if count else []
-    return TokenLogprob(token, float(values[token]), tuple((entry, float(values[entry])) for entry in top))
+    top = np.arange(len(values))[:count]
+    if 0 < count < len(values):
+        top = np.argpartition(-values, count)[:count]
+    top = top[np.argsort(-values[top], kind="stable")]
+    return TokenLogprob(token, float(values[token]), tuple((int(entry), float(values[entry])) for entry in top))
 
 
 class Sampler:

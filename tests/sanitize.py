@@ -17,12 +17,12 @@ from pathlib import Path
 TESTS = {  # file: expressions of -k, one process each
     "attention": ["test_decode and 8-1 or e4m3", "query_row or test_decode and not 8-1", "prefill_in"],
     "gdn": ["rounds and 1-gpu", "rounds and 3-gpu", "not rounds and not 16x32x128x128"],
-    "sampling": ["acceptance or embedding or noise or equal_logits or random_settings or passes", "finite"],
+    "sampling": ["acceptance or embedding or noise or equal_logits or random_settings or passes or steered or counted", "finite"],
     "decode": ["largest or mixture and 64-64", "a_product or head_in_front"],
     "prefill": ["test_a_product or every_code", "test_experts or grouping or row_does or mixed or norm_and"],
 }
 OURS = ["attention_", "gdn_", "linear_", "experts_", "sample", "argmax", "histogram", "noise_values", "accept_drafts"]
-OURS += ["embed_rows", "mtp_inputs", "moe_", "rms_norm_rows", "planted_"]
+OURS += ["embed_rows", "mtp_inputs", "moe_", "rms_norm_rows", "planted_", "steer_logits", "count_tokens"]
 PLANTED = {
     "racecheck": "__shared__ float s[64]; s[threadIdx.x] = *x; x[threadIdx.x] = s[(threadIdx.x + 33) % 64];",
     "memcheck": "x[threadIdx.x + (1 << 28)] = 1;",

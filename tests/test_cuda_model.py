@@ -5,6 +5,7 @@ Rounds run launch by launch here instead of as a CUDA graph; nothing else is dif
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from engines.manifest import WEIGHTS, Manifest
 from engines.onnxruntime import OnnxRuntimeEngine
 from export.checkpoint import load_weights
 from export.errors import UserError
-from runtime.graph import GraphDecoder
+from runtime.graph import GraphDecoder, Shape
 from runtime.rounds import Decoder
 from runtime.sampling import Sampler, SamplingConfig
+from runtime.steering import Steering
 from tests.checkpoints import random_state, tiny_config, write_checkpoint
 from tests.emulator import EmulatedModule
 
@@ -54,10 +56,10 @@ LOGITS_RTOL, PREFILL_MEAN = 2e-3, 5e-3
 
 
 class StepwiseDecoder(GraphDecoder):
-    def launch(self, place: int) -> None:
-        self.enqueue(place)
+    def launch(self, shape: Shape, part: str, place: int) -> None:
+        self.enqueue(shape, part, place)
 
-    def wait(self, place: int) -> None:
+    def wait(self, shape: Shape, part: str, place: int) -> None:
         pass
 
 
@@ -198,6 +200,99 @@ def test_a_further_prompt_is_exact(on_cpu: None, tmp_path: Path) -> None:
     assert dropped, "nothing was cut: the test shows less than it says"
     decoder.reset()
     assert two_turns(decoder, prompts, 9) == (tokens, drafts, dropped)
+
+
+class NoRepeats:
+    """A grammar in which no two tokens in a row leave the same rest by 3; token 0 ends it."""
+
+    def __init__(self, rest: int = 0, is_over: bool = False) -> None:
+        self.rest, self.is_over = rest, is_over
+
+    def start(self) -> NoRepeats:
+        return self.copy()
+
+    def copy(self) -> NoRepeats:
+        return NoRepeats(self.rest, self.is_over)
+
+    def allowed(self) -> Any:
+        bits = sum(1 << v for v in range(24) if v % 3 != self.rest)
+        return None if self.is_over else np.asarray([bits], np.uint32)
+
+    def push(self, token: int) -> bool:
+        if not self.is_over and token % 3 == self.rest:
+            return False
+        self.rest, self.is_over = token % 3, self.is_over or token == 0
+        return True
+
+
+STEERED = SamplingConfig(
+    temperature=1.0, seed=3, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2, logit_bias=((5, 2.0),)
+)
+
+
+@pytest.mark.parametrize("grammar", [None, NoRepeats()], ids=["penalties", "grammar"])
+def test_steered_rounds_are_lossless(on_cpu: None, tmp_path: Path, grammar: Any) -> None:
+    """Penalties by the kernels and masks between graphs give the tokens of runtime.rounds.Decoder; so do the logprobs.
+    The number of drafts changes from round to round."""
+    _, gpu = engines(tmp_path, "modelopt_mixed")
+    prompt = torch.randint(0, 24, (9,)).tolist()
+    sampler, accepted = Sampler(STEERED), 0
+    seen = []
+    for kind, most, counts in (
+        (Decoder, 0, [0]),
+        (Decoder, 3, [3]),
+        (StepwiseDecoder, 0, [0]),
+        (StepwiseDecoder, 3, [3]),
+        (StepwiseDecoder, 4, [0, 2, 0, 0, 4, 1]),
+    ):
+        options: dict[str, Any] = {"in_flight": 1} if kind is StepwiseDecoder else {}
+        decoder: Any = kind(gpu, 128, most, sampler, **options)
+        for _ in range(2):  # again, after a reset
+            decoder.reset()
+            decoder.ask(sampler, Steering(STEERED, 24, prompt, grammar), logprobs=2)
+            tokens, logprobs = [decoder.prefill(prompt)], list(decoder.logprobs)
+            for i in range(100):
+                drafts, emitted = decoder.round(counts[i % len(counts)])
+                assert len(drafts) == counts[i % len(counts)]
+                tokens += emitted
+                logprobs += decoder.logprobs
+                accepted += len(emitted) - 1
+                if len(tokens) > 20:
+                    break
+            assert [found.token for found in logprobs] == tokens
+            seen.append((tokens[:20], logprobs[:20]))
+    for tokens, logprobs in seen[1:]:
+        assert tokens == seen[0][0]
+        np.testing.assert_allclose([e.logprob for e in logprobs], [e.logprob for e in seen[0][1]], atol=1e-5)
+    assert accepted, "no draft was accepted: the test shows nothing"
+    if grammar:
+        tokens = seen[0][0][: seen[0][0].index(0)] if 0 in seen[0][0] else seen[0][0]
+        assert all(a % 3 != b % 3 for a, b in itertools.pairwise(tokens))
+
+
+def test_rows_that_wait_for_the_head(on_cpu: None, tmp_path: Path) -> None:
+    """Rounds with and without drafts in turn, cuts, a further prompt: the tokens and the head's cache are those of
+    runtime.rounds.Decoder, so it misses no row. Some rows went another way into it, through prefill's float16."""
+    _, gpu = engines(tmp_path, "modelopt_mixed")
+    sampler = Sampler(SamplingConfig(temperature=1.0, seed=8))
+    prompts = [torch.randint(0, 24, (length,)).tolist() for length in (7, 4)]
+    seen = []
+    for kind in (Decoder, StepwiseDecoder):
+        options: dict[str, Any] = {"in_flight": 1} if kind is StepwiseDecoder else {}
+        decoder: Any = kind(gpu, 128, 3, sampler, **options)
+        if options:
+            gpu.prefilled.buffers.rows = 4  # so that rows are run before drafts ask for them
+        tokens: list[int] = []
+        for prompt in prompts:
+            tokens.append(decoder.prefill(prompt))
+            for count in (0, 2, 0, 0, 3, 1, 0, 0, 0, 0, 0, 0, 2, 3):
+                tokens += decoder.round(count)[1][:1]
+                decoder.cut(1)
+        assert decoder.position == sum(map(len, prompts)) + 28
+        seen.append((tokens, gpu.state()["mtp.layers.0.kv_cache"][:, :, : decoder.position - 1]))
+    assert seen[0][0] == seen[1][0]
+    assert (np.abs(seen[0][1]).max(axis=(0, 1, 3)) > 0).all()
+    assert_close(seen[1][1], seen[0][1], 1e-2)
 
 
 def test_an_eight_bit_cache_is_lossless_too(on_cpu: None, tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_rounds_over_engines_equal_the_cpu_target(on_cpu: None, demo: Path) -> N
         decoder = StepwiseDecoder(engine, 128, mtp_k, sampler)
         assert isinstance(engine.prefilled, TensorRtPrefill)
         tokens, accepted = [decoder.prefill(prompt)], 0
-        engine.model.warm_up(mtp_k)  # as before a capture: it must leave no trace
+        engine.model.warm_up(mtp_k, mtp_k + 1)  # as before a capture: it must leave no trace
         while len(tokens) < 12:
             emitted = decoder.round(mtp_k)[1]
             tokens, accepted = tokens + emitted, accepted + len(emitted) - 1

@@ -61,6 +61,9 @@ class Steering(Structure):
         ("padding", c_int),
     ]
 
+    def unmasked(self) -> Steering:
+        return Steering(self.occurrences, self.params, self.bias)
+
 
 class Tokens(Structure):
     _fields_ = [("out", c_void_p * MAX_OUTPUTS)]
