@@ -11,16 +11,16 @@ another K is tried, so that they stay true where the text or the machine changes
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from itertools import accumulate
 from operator import mul
 
 MOST = 6  # drafts: beyond, what a further one adds is small wherever it was measured
-MEMORY = 0.97  # of acceptance at a position, a draft there: half of it is gone after 23
+MEMORY = 0.98  # of acceptance at a position, a draft there: half of it is gone after 34
 FADING = 0.998  # the same, a round without a draft there
-KEPT = 9  # rounds of each K whose median is their cost
-PROBE = 24  # rounds between two that try another K
+KEPT = 16  # rounds of each K that its cost is from
+PROBE = 32  # rounds between two that try another K, a third of it where that was timed fewer than ENOUGH times
+ENOUGH = 3
 PRIOR = 4.0  # rounds' worth of belief that a draft is right as often as the one before it
 FIRST = 0.7  # what that belief begins with
 GUESS = 0.2  # of a round without drafts, what each adds: until two numbers of drafts were timed
@@ -41,9 +41,12 @@ class AutoK:
         """The number of drafts for the next round."""
         rates = self.rates()
         best = max(range(self.most + 1), key=rates.__getitem__)
-        if self.rounds % PROBE == PROBE - 1:
-            around = [k for k in (best - 1, best + 1) if 0 <= k <= self.most]
-            return min(around, key=self.tried.__getitem__, default=best)
+        around = [k for k in (best - 1, best + 1) if 0 <= k <= self.most]
+        if around:
+            other = min(around, key=self.tried.__getitem__)
+            every = PROBE if len(self.seconds[other]) >= ENOUGH else PROBE // 3
+            if self.rounds - max(self.tried[k] for k in around) >= every:
+                return other
         return best
 
     def record(self, drafted: int, accepted: int, seconds: float) -> None:
@@ -68,7 +71,8 @@ class AutoK:
 
     def costs(self) -> list[float]:
         """Seconds of a round by K. Where none was timed, on the line through the nearest two that were."""
-        known = {k: statistics.median(times) for k, times in enumerate(self.seconds) if times}
+        # What disturbs a round makes it longer: of few figures the least is nearest, of more the first quarter's last.
+        known = {k: sorted(times)[len(times) // 4] for k, times in enumerate(self.seconds) if times}
         if not known:
             return [1 + GUESS * k for k in range(self.most + 1)]
         if len(known) == 1:
@@ -79,7 +83,7 @@ class AutoK:
             a, b = sorted(sorted(known, key=lambda other: abs(other - k))[:2])
             slope = max((known[b] - known[a]) / (b - a), 0)
             costs.append(known[k] if k in known else max(known[a] + (k - a) * slope, min(known.values()) / 2))
-        return costs
+        return list(accumulate(reversed(costs), min))[::-1]  # fewer drafts never take longer
 
     def rates(self) -> list[float]:
         """Tokens per second by K, as far as is known."""

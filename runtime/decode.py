@@ -22,7 +22,6 @@ from typing import Any, TextIO
 from engines import Engine, open_engine
 from export.cli import Parser, progress, run, say
 from export.errors import UserError
-from runtime.grammar import Grammars
 from runtime.rounds import PREFILL_CHUNK, Round, check_request
 from runtime.sampling import SamplingConfig
 from runtime.session import MtpK, Request, Session, most_drafts
@@ -94,6 +93,8 @@ def request_of(options: argparse.Namespace, engine: Engine, **more: Any) -> Requ
     sampling = SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
     grammar = None
     if options.json_object or options.json_schema:
+        from runtime.grammar import Grammars  # brings a library that other answers do without
+
         config = engine.manifest.config
         grammars = Grammars(options.engines, config.vocab_size, config.eos_token_id)
         text = options.json_schema.read_text(encoding="utf-8-sig") if options.json_schema else None

@@ -17,19 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from engines import Engine
 from export.bindings import GRAPHS
 from export.errors import UserError
 from runtime.auto import MOST, AutoK
-from runtime.grammar import Grammar
 from runtime.rounds import Round, answer, check_request, open_decoder
 from runtime.sampling import Sampler, SamplingConfig, SettingError, TokenLogprob
 from runtime.steering import Steering
 from runtime.template import ChatTemplate, Message
 from runtime.text import Segment, StopStrings
 from runtime.tokenizer import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from runtime.grammar import Grammar
 
 TOKEN_IDS = "token_ids"  # of a message: what its content was decoded from
 MARK = "\ufdd0"  # Unicode keeps it out of any text

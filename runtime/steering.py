@@ -13,12 +13,15 @@ kernels in plugins/sampling do the same arithmetic, operation by operation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.grammar import Grammar
 from runtime.sampling import Floats, SamplingConfig
+
+if TYPE_CHECKING:
+    from runtime.grammar import Grammar
 
 MASKED = np.float32(-1e30)  # finite, at the lowest temperature too
 

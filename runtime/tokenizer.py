@@ -6,10 +6,9 @@ tokenizer = Tokenizer(Path("build/demo/cpu")); ids = tokenizer.encode("def main(
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import llguidance
 import tokenizers
 
 from export.errors import UserError
@@ -40,11 +39,13 @@ class Tokenizer:
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for, which need not be whole characters."""
-        return self._bytes.decode_bytes([token])
+        return self._bytes([token])
 
     @functools.cached_property
-    def _bytes(self) -> llguidance.LLTokenizer:
-        return llguidance.LLTokenizer(self._tokenizer.to_str())
+    def _bytes(self) -> Callable[[list[int]], bytes]:
+        from llguidance import LLTokenizer
+
+        return LLTokenizer(self._tokenizer.to_str()).decode_bytes
 
     def stream(self, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
         """The text of each token, special tokens left out, as soon as it is whole: a character that is split over

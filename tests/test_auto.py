@@ -46,22 +46,26 @@ MACHINES = {
 }
 
 
+class Fixed(AutoK):
+    def __init__(self, most: int, k: int) -> None:
+        super().__init__(most)
+        self.k = k
+
+    def choose(self) -> int:
+        return self.k
+
+
 @pytest.mark.parametrize("name", MACHINES)
 def test_it_is_nearly_as_fast_as_the_best_k(name: str) -> None:
-    """From nothing known, 1500 tokens (16 prompts of 96), a cost that is sometimes twice as high: within 5 %. The draws
-    are fixed, so this cannot flake."""
+    """From nothing known, 1500 tokens (16 prompts of 96), a cost that is sometimes twice as high: within 5 % over ten
+    runs. The draws are fixed, so this cannot flake."""
     costs, acceptance = MACHINES[name]
     best = max(range(7), key=lambda k: rate(k, costs, acceptance))
+    seconds = {"auto": 0.0, "fixed": 0.0}
     for seed in range(10):
-        auto, draw = AutoK(6), random.Random(seed)
-        found = run(auto, costs, acceptance, 1500, 1.0, draw)
-
-        class Fixed(AutoK):
-            def choose(self) -> int:
-                return best
-
-        fixed = run(Fixed(6), costs, acceptance, 1500, 1.0, random.Random(seed))
-        assert found < 1.05 * fixed, (name, seed, found / fixed)
+        for kind, auto in (("auto", AutoK(6)), ("fixed", Fixed(6, best))):
+            seconds[kind] += run(auto, costs, acceptance, 1500, 1.0, random.Random(seed))
+    assert seconds["auto"] < 1.05 * seconds["fixed"], seconds
 
 
 def test_it_follows_a_change() -> None:

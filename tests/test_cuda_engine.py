@@ -5,6 +5,7 @@ Whole models run on the emulator too, but slowly: tests/test_cuda_model.py.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from engines.build import build
 from engines.manifest import Manifest
 from runtime.rounds import Decoder, generate
 from runtime.sampling import Sampler, SamplingConfig
-from runtime.session import Request, Session
+from runtime.session import MtpK, Request, Session
 from runtime.template import ChatTemplate
 from runtime.tokenizer import Tokenizer
 from tests.checkpoints import random_state, tiny_config, write_checkpoint
@@ -122,6 +123,52 @@ class TestOnGpu:
                 messages.append(talk.reply())
             assert talk.reused > 0
         assert seen[:3] == seen[3:6] == seen[6:]
+
+    @pytest.mark.parametrize("kind", ["penalties", "logprobs", "json", "stop"])
+    def test_steered_answers_do_not_depend_on_drafts(
+        self, engine: Any, demo: Path, prompt: list[int], kind: str
+    ) -> None:
+        """Through CUDA graphs of changing shapes: K = 0 to 4 and by itself, each K twice."""
+        from runtime.grammar import Grammars
+
+        config = engine.manifest.config
+        grammars = Grammars(demo / "cpu", config.vocab_size, config.eos_token_id)
+        sampling = SamplingConfig(temperature=0.9, seed=6)
+        if kind != "logprobs":
+            sampling = dataclasses.replace(
+                sampling, repetition_penalty=1.1, frequency_penalty=0.4, presence_penalty=0.2, logit_bias=((10, 1.0),)
+            )
+        request = Request(
+            sampling,
+            max_new_tokens=100,
+            stop=("return", ") + ") if kind == "stop" else (),
+            logprobs=3 if kind == "logprobs" else None,
+            grammar=grammars.json_object() if kind == "json" else None,
+        )
+        session = Session(engine, Tokenizer(demo / "cpu"), None, mtp_k="auto", capacity=512)
+        seen: list[Any] = []
+        accepted = 0
+        choices: tuple[MtpK, ...] = (0, 2, 4, "auto", 1, 3, 0, 2, 4, "auto")
+        for mtp_k in choices:
+            pieces = list(session.answer(prompt, dataclasses.replace(request, mtp_k=mtp_k), reuse=False))
+            accepted += sum(piece.round.accepted for piece in pieces)
+            found = [entry for piece in pieces for entry in piece.logprobs]
+            assert [entry.token for entry in found] == (session.tokens[len(prompt) :] if kind == "logprobs" else [])
+            seen.append((session.text, session.tokens, session.finish_reason, [entry.logprob for entry in found]))
+        assert accepted, "no draft was accepted: the test shows nothing"
+        for other in seen[1:]:
+            assert other == seen[0]  # the bits of a row do not depend on the rows beside it
+
+    def test_steered_text_is_that_of_the_cpu_target(self, engine: Any, demo: Path, prompt: list[int]) -> None:
+        """As far as their logits tell the same story: they differ in rounding, and a token near a tie may differ."""
+        sampling = SamplingConfig(repetition_penalty=1.2, frequency_penalty=0.3, logit_bias=((64, -5.0),))
+        tokens = []
+        for opened in (engine, open_engine(demo / "cpu")):
+            session = Session(opened, Tokenizer(demo / "cpu"), None, mtp_k=2, capacity=512)
+            list(session.answer(prompt, Request(sampling, 60)))
+            tokens.append(session.tokens[len(prompt) :])
+        same = next((i for i, (a, b) in enumerate(zip(*tokens, strict=False)) if a != b), len(tokens[0]))
+        assert same > 10, f"tokens differ from the {same}th on"
 
     def test_greedy_text_is_that_of_the_cpu_target(self, engine: Any, demo: Path, prompt: list[int]) -> None:
         cpu = open_engine(demo / "cpu")
