@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from engines import Engine, open_engine
 from export.cli import Parser, progress, run, say
@@ -26,6 +26,9 @@ from runtime.rounds import PREFILL_CHUNK, Round, check_request
 from runtime.sampling import SamplingConfig
 from runtime.session import MtpK, Request, Session, most_drafts
 from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from runtime.grammar import Grammar
 
 DEMO = Path("build/demo/cpu")
 
@@ -88,17 +91,31 @@ def add_request(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     json_format.add_argument("--json-schema", type=Path, metavar="FILE", help="answer with JSON of this schema")
 
 
+def grammar_of(options: argparse.Namespace, engine: Engine) -> Grammar:
+    from runtime.grammar import Grammars  # brings a library that other answers do without
+
+    flag, config = "--json-schema" if options.json_schema else "--json-object", engine.manifest.config
+    if not (options.engines / "tokenizer.json").is_file():
+        raise UserError(f"{flag}: {options.engines} has no tokenizer.json, so there is no text to be JSON")
+    try:
+        schema = options.json_schema.read_text(encoding="utf-8-sig") if options.json_schema else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{options.json_schema}: not UTF-8 text ({error.reason}); convert it") from None
+    grammars = Grammars(options.engines, config.vocab_size, config.eos_token_id)
+    if schema is None:
+        return grammars.json_object()
+    try:
+        return grammars.json_schema(schema)
+    except UserError as error:
+        raise UserError(f"{options.json_schema}: {error}") from None
+
+
 def request_of(options: argparse.Namespace, engine: Engine, **more: Any) -> Request:
     """more: fields of Request."""
     sampling = SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
     grammar = None
     if options.json_object or options.json_schema:
-        from runtime.grammar import Grammars  # brings a library that other answers do without
-
-        config = engine.manifest.config
-        grammars = Grammars(options.engines, config.vocab_size, config.eos_token_id)
-        text = options.json_schema.read_text(encoding="utf-8-sig") if options.json_schema else None
-        grammar = grammars.json_object() if text is None else grammars.json_schema(text)
+        grammar = grammar_of(options, engine)
     return Request(sampling, options.max_new_tokens, stop=tuple(options.stop), grammar=grammar, **more)
 
 

@@ -27,11 +27,20 @@ WHITESPACE = r"( |\n {0,32})?"
 
 
 class Grammars:
-    """Of the tokenizer of an engine directory. stop_ids: what may end an answer, once it is complete."""
+    """Of the tokenizer of an engine directory. stop_ids: what may end an answer, once it is complete. Raises UserError:
+    a tokenizer that is not byte-level, no stop ids."""
 
     def __init__(self, directory: Path, vocab_size: int, stop_ids: Sequence[int]) -> None:
-        text = (directory / "tokenizer.json").read_text(encoding="utf-8")
-        self.tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=list(stop_ids))
+        path = directory / "tokenizer.json"
+        if not stop_ids:
+            raise UserError(f"{directory}: the checkpoint has no stop id, so JSON could not end; leave the format out")
+        try:
+            text = path.read_text(encoding="utf-8")
+            self.tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=list(stop_ids))
+        except ValueError as error:
+            raise UserError(
+                f"{path}: no grammar can be put on this tokenizer ({error}); leave the format out"
+            ) from None
         self.words = -(-vocab_size // 32)
 
     def json_object(self) -> Grammar:

@@ -122,6 +122,34 @@ def test_stop_ids_end_the_text(spoken: Path, tmp_path: Path) -> None:
     assert stopped[-1] in (21, 22, 23) and not {21, 22, 23} & set(stopped[:-1])
 
 
+def test_flags_of_sampling_do_not_depend_on_drafts(spoken: Path) -> None:
+    """Penalties, biases, stop strings and logprobs through the command: they do something, and K does nothing."""
+    plain = json.loads(decode(spoken, "--prompt", "abc", "--max-new-tokens", 30, "--json").stdout.splitlines()[-1])
+    penalties = ("--frequency-penalty", 1.5, "--repetition-penalty", 1.2, "--presence-penalty", -0.5, "--logprobs", 2)
+    flags = (*penalties, "--temperature", 0.7, "--logit-bias", "1:3,2:-100", "--stop", "zz", "--stop", "dq", "--json")
+    values = []
+    for mtp_k in (0, 2, "auto"):
+        result = decode(spoken, "--prompt", "abc", "--max-new-tokens", 30, *flags, "--mtp-k", mtp_k)
+        assert result.returncode == 0, result.stderr
+        values.append(json.loads(result.stdout.splitlines()[-1]))
+    for value in values:
+        assert value["token_ids"] == values[0]["token_ids"] != plain["token_ids"]
+        assert value["text"] == values[0]["text"]
+        assert 2 not in value["token_ids"] and "logprobs" not in plain
+        assert [entry["token"] for entry in value["logprobs"]] == value["token_ids"]
+        assert all(len(entry["top"]) == 2 and entry["top"][0][1] >= entry["logprob"] for entry in value["logprobs"])
+
+
+def test_a_stop_string_ends_the_text(spoken: Path) -> None:
+    flags = ("--prompt", "abc", "--temperature", 1.5, "--max-new-tokens", 100, "--ignore-eos", "--json")
+    text = json.loads(decode(spoken, *flags).stdout.splitlines()[-1])["text"]
+    stop = text[20:23]
+    for mtp_k in (0, 3, "auto"):
+        stopped = json.loads(decode(spoken, *flags, "--stop", stop, "--mtp-k", mtp_k).stdout.splitlines()[-1])
+        assert stopped["text"] == text[: text.index(stop)]
+        assert len(stopped["token_ids"]) == text.index(stop) + len(stop)
+
+
 def test_text_comes_as_it_is_decoded(spoken: Path) -> None:
     command = [sys.executable, "-m", "runtime.decode", "--engines", str(spoken), "--prompt", "abc", "--ignore-eos"]
     with subprocess.Popen([*command, "--max-new-tokens", "500"], cwd=ROOT, stdout=subprocess.PIPE) as process:
@@ -170,6 +198,22 @@ def test_bad_requests_are_one_line(built: Built, spoken: Path, tmp_path: Path) -
     for flags in (("--threads", 99999), ("--threads", -1), ("--seed", "1e3"), ("--temperature", 1e-300)):
         refused(decode(spoken, "--prompt", "a", *flags), flags[0])
     refused(decode(spoken, "--token-ids", "1_0"), "1_0")
+    for flag, value in (
+        ("--mtp-k", "most"),
+        ("--mtp-k", 17),
+        ("--logit-bias", "1=2"),
+        ("--logit-bias", "24:1"),
+        ("--logit-bias", "1:101"),
+        ("--logprobs", 21),
+        ("--stop", ""),
+        ("--presence-penalty", 3),
+        ("--repetition-penalty", 0),
+    ):
+        refused(decode(spoken, "--prompt", "a", flag, value), flag)
+    refused(decode(spoken, "--prompt", "a", "--json-schema", tmp_path / "missing"), tmp_path / "missing")
+    refused(decode(spoken, "--prompt", "a", "--json-object"), "tokenizer.json", "Fuse")
+    refused(decode(built.directory, "--token-ids", "1", "--stop", "a"), "--stop", "tokenizer.json")
+    refused(decode(built.directory, "--token-ids", "1", "--json-object"), "--json-object", "tokenizer.json")
 
 
 def test_trace_never_overwrites_what_is_read(spoken: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from runtime.session import MtpK, Request, Session
 from runtime.steering import MASKED, Steering
 from runtime.text import Segment, StopStrings
 from runtime.tokenizer import Tokenizer
-from tests.test_decode import ROOT
+from tests.test_decode import ROOT, decode, refused
 
 CHECKPOINT = ROOT / "demo" / "checkpoint"
 PROMPTS = ("def add(a, b):\n", "import os\n\n\nclass Stack:\n", "# a list of numbers\nx = [1, 2, ")
@@ -219,6 +219,23 @@ def test_masks_admit_what_the_schema_does(session: Session, grammars: Grammars) 
 def test_schemas_that_are_none(grammars: Grammars, schema: Any) -> None:
     with pytest.raises(UserError, match="JSON schema"):
         grammars.json_schema(schema)
+
+
+def test_json_through_the_command(demo: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    flags = ("--prompt", PROMPTS[0], "--frequency-penalty", 0.4, "--max-new-tokens", 90, "--json-schema", schema)
+    texts = {decode(demo, *flags, "--mtp-k", mtp_k).stdout for mtp_k in (0, 3, "auto")}
+    assert len(texts) == 1 and set(json.loads(texts.pop())) == {"name", "kind", "sizes"}
+    for text, mention in (
+        ('{"type": "cow"}', "cow"),
+        ("{", "JSON"),
+        ("\ufffd".encode("utf-16").decode("latin-1"), "JSON"),
+    ):
+        schema.write_text(text)
+        refused(decode(demo, *flags), schema, mention)
+    schema.write_bytes(b"\xff")
+    refused(decode(demo, *flags), schema, "UTF-8")
 
 
 def test_masked_logits_lose_at_any_temperature(grammars: Grammars) -> None:
