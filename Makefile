@@ -5,6 +5,7 @@
 #   make engines MODEL=<checkpoint directory> [TARGET=cpu|cuda|sm_120|…] [OUT=<engine directory>]
 #   make engines MODEL=<config.json> TARGET=sm_120 WEIGHTS=none    engines of TensorRT alone, which hold no weights
 #   make accuracy MODEL=<checkpoint directory> [TARGET=…] [OUT=…]   ONNX Runtime and engines against torch
+#   make report                                 what was measured, with plots: build/report/index.html
 #   make full-size                              the same for Qwen3.6-35B-A3B: time, memory and size
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ DEMO   := build/demo/cpu
 export PYTHONPATH := .
 export MODEL TARGET OUT WEIGHTS  # the shell reads them from its environment: names may hold blanks and quotes
 
-.PHONY: setup demo test lint bench engines accuracy full-size clean
+.PHONY: setup demo test lint bench report engines accuracy full-size clean
 
 setup: .venv/ready
 
@@ -56,7 +57,13 @@ lint: setup
 	$(BIN)/mypy .
 
 bench: $(DEMO)/manifest.json
-	$(BIN)/python -m runtime.bench --engines $(DEMO) --model demo/checkpoint
+	$(BIN)/python -m runtime.bench --engines $(DEMO) --model demo/checkpoint --out build/bench.json
+
+build/bench.json: $(DEMO)/manifest.json
+	$(BIN)/python -m runtime.bench --engines $(DEMO) --repeats 2 --out $@
+
+report: build/bench.json
+	$(BIN)/python -m runtime.report
 
 clean:
 	rm -rf build

@@ -3,7 +3,8 @@
     python -m runtime.bench --engines build/demo/cpu --model demo/checkpoint
 
 Every repeat runs every K on every prompt, so that a noisy machine touches all of them; figures are medians over the
-repeats. Decoding only: prefill is timed apart. The last line of stdout is one JSON document.
+repeats. Decoding only: prefill is timed apart. The last line of stdout is one JSON document; `--out FILE` keeps it,
+for `python -m runtime.report`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import inspect
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,9 +29,13 @@ from engines.onnxruntime import OnnxRuntimeEngine
 from export.cli import Parser, run, say
 from export.config import read_json
 from export.errors import UserError
+from runtime.auto import AutoK
+from runtime.bench_kinds import kinds
 from runtime.decode import DEMO, summary
-from runtime.rounds import Decoder, generate
+from runtime.rounds import Decoder, answer
 from runtime.sampling import Sampler, SamplingConfig
+from runtime.session import MtpK, most_drafts
+from runtime.template import ChatTemplate
 from runtime.tokenizer import Tokenizer
 
 PROMPTS = Path("demo/prompts.json")
@@ -38,10 +45,23 @@ HELD_OUT = ("argparse", "ast", "calendar", "configparser", "csv", "queue", "text
 
 
 def load_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    texts = read_json(path).get("completions")
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path}: expected a JSON object with `completions`, a list of texts")
+    texts = _texts(path, "completions")
+    if not texts:
+        raise UserError(f"{path}: `completions` is empty or missing; give at least one text")
     return [tokenizer.encode(text) for text in texts]
+
+
+def load_chats(path: Path, tokenizer: Tokenizer, template: ChatTemplate) -> list[list[int]]:
+    """The file's `chats`, perhaps none, each as the first message of a conversation."""
+    messages = [[{"role": "user", "content": text}] for text in _texts(path, "chats")]
+    return [tokenizer.encode(template.render(message)) for message in messages]
+
+
+def _texts(path: Path, field: str) -> list[str]:
+    texts = read_json(path).get(field, [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path}: `{field}`: expected a list of texts")
+    return texts
 
 
 class Bench:
@@ -49,35 +69,44 @@ class Bench:
         self.engine, self.prompts, self.count = engine, prompts, count
         self.stop_ids = engine.manifest.config.eos_token_id
 
-    def decode(self, mtp_k: int, sampling: SamplingConfig, drafting: SamplingConfig | None = None) -> dict[str, Any]:
+    def decode(
+        self, mtp_k: int | AutoK, sampling: SamplingConfig, drafting: SamplingConfig | None = None
+    ) -> dict[str, Any]:
         """All prompts once: tokens/s, tokens per round, share of drafts accepted per position, the tokens."""
+        most = mtp_k if isinstance(mtp_k, int) else mtp_k.most
         sampler = Sampler(sampling)
         drafter = Sampler(drafting) if drafting else None
         results = []
+        capacity = max(map(len, self.prompts)) + self.count
+        decoder = Decoder(self.engine, capacity, most, sampler, drafter)
         for prompt in self.prompts:
-            rounds = list(generate(self.engine, prompt, self.count, mtp_k, sampler, self.stop_ids, drafter=drafter))
-            offered = [sum(len(r.drafts) > i for r in rounds) for i in range(mtp_k)]
-            results.append((summary(rounds, mtp_k, None), offered))
-        emitted = sum(len(r["token_ids"]) - 1 for r, _ in results)
-        accepted = [sum(r["accepted_per_position"][i] for r, _ in results) for i in range(mtp_k)]
-        offers = [sum(offered[i] for _, offered in results) for i in range(mtp_k)]
+            decoder.reset()
+            rounds = list(answer(decoder, prompt, self.count, self.stop_ids, mtp_k=mtp_k))
+            results.append(summary(rounds, most, None))
+        emitted = sum(len(r["token_ids"]) - 1 for r in results)
+        names = ("accepted_per_position", "drafted_per_position")
+        counts = [[sum(r[name][i] for r in results) for i in range(most)] for name in names]
         return {
-            "tokens_per_second": emitted / sum(r["decode_seconds"] for r, _ in results),
-            "tokens_per_round": emitted / sum(r["rounds"] for r, _ in results),
-            "acceptance": [a / max(of, 1) for a, of in zip(accepted, offers, strict=True)],
-            "prefill_tokens_per_second": sum(map(len, self.prompts)) / sum(r["prefill_seconds"] for r, _ in results),
-            "token_ids": [r["token_ids"] for r, _ in results],
+            "tokens_per_second": emitted / sum(r["decode_seconds"] for r in results),
+            "tokens_per_round": emitted / sum(r["rounds"] for r in results),
+            "acceptance": [accepted / drafted for accepted, drafted in zip(*counts, strict=True) if drafted],
+            "prefill_tokens_per_second": sum(map(len, self.prompts)) / sum(r["prefill_seconds"] for r in results),
+            "token_ids": [r["token_ids"] for r in results],
         }
 
     def text_as_context(self, modules: tuple[str, ...], mtp_k: int = 2, count: int = 300) -> list[float]:
+        """`as_context` of the modules' source."""
+        return self.as_context([inspect.getsource(importlib.import_module(name)) for name in modules], mtp_k, count)
+
+    def as_context(self, texts: list[str], mtp_k: int, count: int = 300) -> list[float]:
         """Share of positions at which the first i drafts all are the main model's greedy choice, over `count` tokens
-        from the middle of each of these modules' source.
+        from the middle of each of the texts.
 
         Every round starts from the text, so that greedy decoding's loops, easy to draft, do not flatter the head."""
         tokenizer = Tokenizer(self.engine.directory)
         shares = []
-        for module in modules:
-            tokens = tokenizer.encode(inspect.getsource(importlib.import_module(module)))
+        for text in texts:
+            tokens = tokenizer.encode(text)
             middle = len(tokens) // 2
             shares.append(self._follow(tokens[middle : middle + count], mtp_k))
         return [statistics.mean(column) for column in zip(*shares, strict=True)]
@@ -133,16 +162,21 @@ class Transformers:
         return emitted / seconds, tokens
 
 
-def measure(bench: Bench, other: Transformers | None, repeats: int) -> dict[str, Any]:
-    ks = range(5) if bench.engine.manifest.has_mtp else range(1)
-    runs: dict[int, list[dict[str, Any]]] = {k: [] for k in ks}
+def measure(bench: Bench, chats: list[list[int]], other: Transformers | None, repeats: int) -> dict[str, Any]:
+    """chats: further prompts, of which only the acceptance is measured."""
+    fixed = range(most_drafts(bench.engine, "auto") + 1)
+    ks: list[MtpK] = list(fixed)
+    if bench.engine.manifest.has_mtp:
+        ks.append("auto")
+    runs: dict[MtpK, list[dict[str, Any]]] = {k: [] for k in ks}
     others: list[float] = []
     other_tokens: list[list[int]] = []
     some = slice(0, 4)  # transformers is slow: four prompts of each repeat
-    bench.decode(max(ks), GREEDY)  # warm up
+    most = most_drafts(bench.engine, ks[-1])
+    bench.decode(most, GREEDY)  # warm up
     for repeat in range(repeats):
-        for k in ks:
-            runs[k].append(bench.decode(k, GREEDY))
+        for k in ks:  # by itself it begins each time with nothing known
+            runs[k].append(bench.decode(AutoK(most) if k == "auto" else k, GREEDY))
         if other:
             speed, other_tokens = other.decode(bench.prompts[some], bench.count, bench.stop_ids)
             others.append(speed)
@@ -161,14 +195,13 @@ def measure(bench: Bench, other: Transformers | None, repeats: int) -> dict[str,
             "tokens_per_round": runs[k][0]["tokens_per_round"],
             "acceptance": runs[k][0]["acceptance"],
         }
+    if "auto" in ks:
+        best = max(fixed, key=lambda k: float(result["greedy"][k]["tokens_per_second"]))
+        speeds = zip(runs["auto"], runs[best], strict=True)
+        times_best = statistics.median(r["tokens_per_second"] / b["tokens_per_second"] for r, b in speeds)
+        result["greedy"]["auto"] |= {"best_k": best, "times_best": times_best}
     result["prefill_tokens_per_second"] = statistics.median(r["prefill_tokens_per_second"] for r in runs[0])
-    if 2 in ks:
-        sampled = SamplingConfig(temperature=1.0, seed=1)
-        result["text_as_context_acceptance"] = bench.text_as_context(HELD_OUT)
-        result["sampled_acceptance"] = {
-            "shared_noise": bench.decode(2, sampled)["acceptance"],
-            "greedy_drafts": bench.decode(2, sampled, drafting=GREEDY)["acceptance"],
-        }
+    result["kinds"] = kinds(bench, chats, HELD_OUT) if bench.engine.manifest.has_mtp else []
     if other:
         result["transformers_tokens_per_second"] = statistics.median(others)
         result["same_text_as_transformers"] = sum(a == b for a, b in zip(plain[some], other_tokens, strict=True))
@@ -179,24 +212,23 @@ def measure(bench: Bench, other: Transformers | None, repeats: int) -> dict[str,
 
 
 def table(result: dict[str, Any]) -> None:
-    print(f"{'K':>3} {'tokens/s':>9} {'x plain':>8} {'x transformers':>15} {'tokens/round':>13}  accepted by position")
+    print(f"{'K':>4} {'tokens/s':>9} {'x plain':>8} {'x transformers':>15} {'tokens/round':>13}  accepted by position")
     for k, row in result["greedy"].items():
         times = f"{row['times_transformers']:.2f}" if "times_transformers" in row else "-"
         rates = " ".join(f"{rate:.0%}" for rate in row["acceptance"]) or "-"
         print(
-            f"{k:>3} {row['tokens_per_second']:>9.0f} {row['times_plain']:>8.2f} {times:>15} "
+            f"{k:>4} {row['tokens_per_second']:>9.0f} {row['times_plain']:>8.2f} {times:>15} "
             f"{row['tokens_per_round']:>13.2f}  {rates}"
         )
+    if "auto" in result["greedy"]:
+        row = result["greedy"]["auto"]
+        print(f"auto: {row['times_best']:.2f} times K = {row['best_k']}, the best fixed one")
     if "transformers_tokens_per_second" in result:
         print(f"transformers.generate: {result['transformers_tokens_per_second']:.0f} tokens/s")
-    if "text_as_context_acceptance" in result:
-        rates = " ".join(f"{rate:.0%}" for rate in result["text_as_context_acceptance"])
-        print(f"standard library as context: {rates} accepted by position")
     if "build_seconds" in result:
         print(f"export and build: {result['build_seconds']:.0f} s")
-    for name, rates in result.get("sampled_acceptance", {}).items():
-        label = name.replace("_", " ")
-        print(f"temperature 1, {label}: {' '.join(f'{rate:.0%}' for rate in rates)} accepted by position")
+    for kind in result["kinds"]:
+        print(f"{kind['kind']:<40} {' '.join(f'{rate:.0%}' for rate in kind['acceptance'])} accepted by position")
 
 
 def processor() -> str:
@@ -211,7 +243,7 @@ OF_CPU = ("model", "prompts", "max_new_tokens", "repeats", "threads")
 OF_GPU = ("config", "simulate_acceptance", "contexts", "profile", "draft_vocab", "fp8_cache")
 
 
-def bench_cuda(options: argparse.Namespace) -> None:
+def bench_cuda(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from engines.cuda_model import Gpu, Options
@@ -230,14 +262,52 @@ def bench_cuda(options: argparse.Namespace) -> None:
             engine = cuda.synthetic_engine(options.config, settings)
         else:
             engine = cuda.CudaEngine(options.engines, options=settings)
-        print(json.dumps(cuda.measure(engine, options.simulate_acceptance, options.contexts, options.profile)))
+        return cuda.measure(engine, options.simulate_acceptance, options.contexts, options.profile)
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory does not hold the weights and the benchmark's copies") from None
+
+
+def bench_cpu(options: argparse.Namespace) -> dict[str, Any]:
+    for flag, value, least in (("--repeats", options.repeats, 1), ("--max-new-tokens", options.max_new_tokens, 2)):
+        if value < least:
+            raise UserError(f"{flag} {value}: expected at least {least}")
+    engine = OnnxRuntimeEngine(options.engines, threads=options.threads)
+    tokenizer, chats = Tokenizer(options.engines), []
+    prompts = load_prompts(options.prompts, tokenizer)
+    try:
+        template = ChatTemplate(options.engines)
+    except UserError as error:
+        say(f"no chats among the kinds of text: {error}")
+    else:
+        chats = load_chats(options.prompts, tokenizer, template)
+    other = Transformers(options.model, engine, options.threads) if options.model else None
+    result = measure(Bench(engine, prompts, options.max_new_tokens), chats, other, options.repeats)
+    if options.model:
+        from engines.build import build
+
+        with tempfile.TemporaryDirectory() as directory:
+            start = time.perf_counter()
+            build(options.model, Path(directory) / "engines", engine.manifest.target)
+            result["build_seconds"] = time.perf_counter() - start
+    versions = {name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")}
+    result |= {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "repeats": options.repeats}
+    result |= {"hardware": f"{processor()}, {options.threads} threads", "versions": versions}
+    table(result)
+    return result
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """As JSON, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        fresh = Path(directory) / path.name
+        fresh.write_text(json.dumps(document, indent=1) + "\n")
+        fresh.replace(path)
 
 
 def main() -> None:
     parser = Parser(prog="python -m runtime.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--engines", type=Path, default=DEMO, metavar="DIR")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the JSON document there, for runtime.report")
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="its checkpoint: also times transformers and the build"
     )
@@ -263,24 +333,14 @@ def main() -> None:
         if getattr(options, name) != parser.get_default(name):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: only for a benchmark of the {'cpu' if on_gpu else 'cuda'} target; leave it out")
-    if on_gpu:
-        bench_cuda(options)
-        return
-    engine = OnnxRuntimeEngine(options.engines, threads=options.threads)
-    prompts = load_prompts(options.prompts, Tokenizer(options.engines))
-    other = Transformers(options.model, engine, options.threads) if options.model else None
-    result = measure(Bench(engine, prompts, options.max_new_tokens), other, options.repeats)
-    if options.model:
-        from engines.build import build
-
-        with tempfile.TemporaryDirectory() as directory:
-            start = time.perf_counter()
-            build(options.model, Path(directory) / "engines", engine.manifest.target)
-            result["build_seconds"] = time.perf_counter() - start
-    versions = {name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")}
-    result |= {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "repeats": options.repeats}
-    result |= {"hardware": f"{processor()}, {options.threads} threads", "versions": versions}
-    table(result)
+    if options.out:  # what cannot be written is better known before than after
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.out.is_dir():
+            raise UserError(f"--out {options.out}: a directory; name a file")
+    result = bench_cuda(options) if on_gpu else bench_cpu(options)
+    result["command"] = shlex.join(["python", "-m", "runtime.bench", *sys.argv[1:]])
+    if options.out:
+        write(result, options.out)
     print(json.dumps(result))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,30 @@ from engines.manifest import VERSION, Manifest
 from export.config import FULL, ModelConfig
 from export.errors import UserError
 from plugins.kernels import Kernel
+from runtime.auto import AutoK
 from runtime.graph import IN_FLIGHT, GraphDecoder
 from runtime.sampling import Sampler, SamplingConfig
+from runtime.session import most_drafts
 
 CONTEXTS, PROMPTS = (128, 4096, 32768), (512, 4096)
 ROUNDS, REPEATS = 40, 5
+# The first launch of a layer that reads a tensor, by how its name begins after the layer's.
+READ_BY = {
+    "linear_attn.in_proj": "GDN in",
+    "linear_attn.out_proj": "GDN out",
+    "linear_attn.": "GDN mixer",
+    "self_attn.q_norm": "attention",
+    "self_attn.k_norm": "attention",
+    "self_attn.o_proj": "attention out",
+    "self_attn.": "attention in",
+    "mlp.experts.gate_up_proj": "experts up",
+    "mlp.experts.": "experts down",
+    "mlp.shared_expert.down_proj": "experts down",
+    "mlp.shared_expert": "router, shared up",
+    "mlp.gate.": "router, shared up",
+    "mlp.down_proj": "MLP down",
+    "mlp.": "MLP up",
+}
 
 
 def synthetic_engine(config_file: Path, options: Options) -> CudaEngine:
@@ -74,23 +94,56 @@ class Bytes:
 
     def layers(self, prefix: str, rows: int) -> float:
         """Weights of layers on `rows` rows: of the experts only those that uniform routing touches."""
-        c = self.config
         names = [n for n in self.model.weights.tensors if n.startswith(prefix) and ".experts." in n]
         experts = self.weights(*names) if names else 0.0
-        touched = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** rows if c.is_moe else 0.0
-        return self.weights(prefix) - experts * (1 - touched)
+        return self.weights(prefix) - experts * (1 - self.touched(rows))
+
+    def touched(self, rows: int) -> float:
+        """Share of the experts that `rows` rows choose, each at random."""
+        c = self.config
+        return 1 - (1 - c.num_experts_per_tok / c.num_experts) ** rows if c.is_moe else 0.0
 
     def cache(self, layers: int, context: int) -> float:
         c = self.config
         value = 1 if self.model.options.fp8_cache else 2
         return layers * 2 * c.num_key_value_heads * c.head_dim * value * context
 
-    def verify(self, rows: int, context: int) -> float:
+    @property
+    def attention_layers(self) -> int:
+        return sum(kind == FULL for kind in self.config.layer_types)
+
+    @property
+    def states(self) -> float:
+        """Of all GDN layers, read and written once."""
         c = self.config
-        attention = sum(kind == FULL for kind in c.layer_types)
         state = 4 * c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
-        states = 2 * (len(c.layer_types) - attention) * state  # read and written once
-        return self.layers("layers.", rows) + self.weights(self.model.head) + states + self.cache(attention, context)
+        return 2 * (len(c.layer_types) - self.attention_layers) * state
+
+    def verify(self, rows: int, context: int) -> float:
+        weights = self.layers("layers.", rows) + self.weights(self.model.head)
+        return weights + self.states + self.cache(self.attention_layers, context)
+
+    def launches(self, rows: int, context: int) -> dict[str, float]:
+        """The same by kind of launch, and what is too little for `verify` to count: the rows' embeddings and the last
+        norm."""
+        row = self.weights("embed_tokens.") / self.config.vocab_size
+        found: dict[str, float] = defaultdict(float, {"embed": rows * row})
+        for name, tensor in self.model.weights.tensors.items():
+            if name.startswith("layers."):
+                share = self.touched(rows) if ".experts." in name else 1.0
+                found[self.read_by(name)] += share * tensor.nbytes
+        found["GDN mixer"] += self.states
+        found["attention"] += self.cache(self.attention_layers, context)
+        found["lm_head"] = self.weights(self.model.head, "norm.")
+        return {kind: count for kind, count in found.items() if count}
+
+    def read_by(self, name: str) -> str:
+        """The launch of a verify that reads a layer's tensor."""
+        _, index, rest = name.split(".", 2)
+        full = self.config.layer_types[int(index)] == FULL
+        norms = {"input_layernorm": "attention in" if full else "GDN in"}
+        norms |= {"post_attention_layernorm": "router, shared up" if self.config.is_moe else "MLP up"}
+        return next(kind for begin, kind in (norms | READ_BY).items() if rest.startswith(begin))
 
     def draft(self, context: int) -> float:
         head = DRAFT_HEAD if self.model.draft_head == DRAFT_HEAD else self.model.head
@@ -116,13 +169,42 @@ def fill(engine: CudaEngine) -> None:
             tensor.normal_(std=0.1)
 
 
+def auto_case(engine: CudaEngine, context: int, simulate: float) -> dict[str, Any]:
+    """K by itself, from nothing known on, over as many rounds as the fixed ones have together."""
+    most, rounds = most_drafts(engine, "auto"), ROUNDS * REPEATS
+    capacity = context + (rounds + 1) * (most + 1)
+    decoder = GraphDecoder(engine, capacity, most, Sampler(SamplingConfig()), simulate=simulate, in_flight=1)
+    fill(engine)
+    engine._control(POSITION=context, COMMIT=1, HEAD_ROWS=1, HEAD_POSITION=context - 1, HEAD_LAST=0)
+    decoder.position, auto, emitted, moved = context, AutoK(most), 0, 0.0
+    sizes = Bytes(engine.model)
+    seconds = 0.0
+    for _ in range(rounds):
+        count, start = auto.choose(), time.perf_counter()
+        tokens = decoder.round(count)[1]
+        spent = time.perf_counter() - start
+        auto.record(count, len(tokens) - 1, spent)
+        if auto.seen[count] > 1:  # the first of a K captures its graph
+            seconds, emitted, moved = seconds + spent, emitted + len(tokens), moved + sizes.round(count, context)
+    counted = rounds - sum(seen > 0 for seen in auto.seen)
+    return {
+        "context": context,
+        "mtp_k": "auto",
+        "ms": 1e3 * seconds / counted,
+        "tokens_per_round": emitted / counted,
+        "tokens_per_second": emitted / seconds,
+        "megabytes": moved / counted / 1e6,
+        "rounds_by_k": auto.seen,
+    }
+
+
 def decode_case(engine: CudaEngine, context: int, mtp_k: int, simulate: float, bandwidth: float) -> dict[str, Any]:
     sampler = Sampler(SamplingConfig())
     capacity = context + (ROUNDS + 3) * (mtp_k + 1)
     decoder = GraphDecoder(engine, capacity, mtp_k, sampler, simulate=simulate if mtp_k else None)
     fill(engine)
     launched = Kernel.launched
-    decoder.capture()
+    decoder.capture(decoder.shape(mtp_k))
     launches = (Kernel.launched - launched) // IN_FLIGHT
     spans, emitted = [], 0
     for repeat in range(REPEATS + 1):
@@ -170,11 +252,13 @@ def profile(engine: CudaEngine, rows: int, context: int, bandwidth: float) -> li
     GraphDecoder(engine, context + 64, rows - 1, Sampler(SamplingConfig()))
     fill(engine)
     engine._control(POSITION=context, COMMIT=1)
+    model.buffers.verify_tokens.copy_(torch.arange(rows))  # rows that differ, and choose different experts
     model.verify(rows)  # so that every launch finds its inputs
     recorded: list[Any] = []
     model.recorded = recorded
     model.verify(rows)
     model.recorded = None
+    moved = Bytes(model).launches(rows, context)
     table = []
     for label in dict.fromkeys(name for name, _ in recorded):
         calls = [call for name, call in recorded if name == label]
@@ -192,7 +276,9 @@ def profile(engine: CudaEngine, rows: int, context: int, bandwidth: float) -> li
             end.synchronize()
             spans.append(start.elapsed_time(end) * 1e3)
         microseconds = statistics.median(spans[1:])
-        table.append({"launch": label, "count": len(calls), "us_each": microseconds / len(calls), "us": microseconds})
+        entry = {"launch": label, "count": len(calls), "us_each": microseconds / len(calls), "us": microseconds}
+        share = moved[label] / bandwidth / (1e-6 * microseconds)
+        table.append({**entry, "bytes": moved[label], "share_of_floor": share})
     return table
 
 
@@ -227,6 +313,13 @@ def measure(engine: CudaEngine, simulate: float, contexts: Sequence[int] | None,
             f"{r['megabytes']:>6.0f} {r['share_of_floor']:>9.1%} {r['launches']:>9} {r['memory_gb']:>6.2f}",
             flush=True,
         )
+    if engine.manifest.has_mtp:
+        decoded.append(r := auto_case(engine, contexts[0], simulate))
+        print(
+            f"{r['context']:>8} auto: {r['ms']:.3f} ms, {r['tokens_per_round']:.2f} tokens a round, "
+            f"{r['tokens_per_second']:.0f} tokens/s; rounds by K {r['rounds_by_k']}",
+            flush=True,
+        )
     prefilled = []
     for length in PROMPTS:
         r = prefill_case(engine, length, 2 if engine.manifest.has_mtp else 0)
@@ -244,5 +337,6 @@ def measure(engine: CudaEngine, simulate: float, contexts: Sequence[int] | None,
             for entry in table:
                 print(
                     f"  {entry['launch']:<20} {entry['count']:>3} x {entry['us_each']:>7.2f} us = {entry['us']:>8.1f}"
+                    f"  {entry['bytes'] / 1e6:>8.1f} MB {entry['share_of_floor']:>7.1%}"
                 )
     return result | {"hardware": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__}}

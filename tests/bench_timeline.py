@@ -21,7 +21,7 @@ from engines.cuda_model import CudaModel, Options
 from plugins.kernels import Module, _check, _driver
 from plugins.linear.cuda import Segment
 from runtime.bench_cuda import fill, synthetic_engine
-from runtime.graph import GraphDecoder
+from runtime.graph import WHOLE, GraphDecoder
 from runtime.sampling import Sampler, SamplingConfig
 
 CONFIG, CONTEXT, WARM_UP, RECORDS = Path("demo/qwen3.6-35b-a3b.json"), 128, 12, 1 << 16
@@ -65,7 +65,7 @@ def records(model: TimedModel, decoder: GraphDecoder) -> np.ndarray[Any, Any]:
         _check(_driver().cuMemsetD8(address, 0, size))
     for address, size in model.globals(b"mark_records"):
         _check(_driver().cuMemsetD8(address, 0, size))
-    decoder.launch(0)
+    decoder.launch(decoder.shape(decoder.mtp_k), WHOLE, 0)
     torch.cuda.synchronize()
     found = []
     for address, size in model.globals(b"mark_records"):

@@ -17,7 +17,10 @@ from pathlib import Path
 TESTS = {  # file: expressions of -k, one process each
     "attention": ["test_decode and 8-1 or e4m3", "query_row or test_decode and not 8-1", "prefill_in"],
     "gdn": ["rounds and 1-gpu", "rounds and 3-gpu", "not rounds and not 16x32x128x128"],
-    "sampling": ["acceptance or embedding or noise or equal_logits or random_settings or passes or steered or counted", "finite"],
+    "sampling": [
+        "acceptance or embedding or noise or equal_logits or random_settings or passes",
+        *("finite or counted", "steered and not test_steered_logits"),
+    ],
     "decode": ["largest or mixture and 64-64", "a_product or head_in_front"],
     "prefill": ["test_a_product or every_code", "test_experts or grouping or row_does or mixed or norm_and"],
 }
