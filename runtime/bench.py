@@ -2,9 +2,9 @@
 
     python -m runtime.bench --engines build/demo/cpu --model demo/checkpoint
 
-Every repeat runs every K on every prompt, so that a noisy machine touches all of them; figures are medians over the
-repeats. Decoding only: prefill is timed apart. The last line of stdout is one JSON document; `--out FILE` keeps it,
-for `python -m runtime.report`.
+Every repeat runs every K on a prompt, then on the next, so that a noisy machine touches all of them; figures are
+medians over the repeats. Decoding only: prefill is timed apart. The last line of stdout is one JSON document; `--out
+FILE` keeps it, for `python -m runtime.report`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -69,27 +70,30 @@ class Bench:
         self.engine, self.prompts, self.count = engine, prompts, count
         self.stop_ids = engine.manifest.config.eos_token_id
 
-    def decode(
-        self, mtp_k: int | AutoK, sampling: SamplingConfig, drafting: SamplingConfig | None = None
-    ) -> dict[str, Any]:
-        """All prompts once: tokens/s, tokens per round, share of drafts accepted per position, the tokens."""
-        most = mtp_k if isinstance(mtp_k, int) else mtp_k.most
-        sampler = Sampler(sampling)
+    def decode(self, mtp_k: int, sampling: SamplingConfig, drafting: SamplingConfig | None = None) -> dict[str, Any]:
+        """All prompts once: see `total`."""
+        decoder = self.decoder(mtp_k, sampling, drafting)
+        return self.total([self.answer(decoder, prompt, mtp_k) for prompt in self.prompts])
+
+    def decoder(self, most: int, sampling: SamplingConfig, drafting: SamplingConfig | None = None) -> Decoder:
+        """most: drafts of a round. All have the same capacity, so that the engine keeps what it has made ready."""
         drafter = Sampler(drafting) if drafting else None
-        results = []
-        capacity = max(map(len, self.prompts)) + self.count
-        decoder = Decoder(self.engine, capacity, most, sampler, drafter)
-        for prompt in self.prompts:
-            decoder.reset()
-            rounds = list(answer(decoder, prompt, self.count, self.stop_ids, mtp_k=mtp_k))
-            results.append(summary(rounds, most, None))
+        return Decoder(self.engine, max(map(len, self.prompts)) + self.count, most, Sampler(sampling), drafter)
+
+    def answer(self, decoder: Decoder, prompt: list[int], mtp_k: int | AutoK) -> dict[str, Any]:
+        """As runtime.decode's --json has it."""
+        decoder.reset()
+        return summary(list(answer(decoder, prompt, self.count, self.stop_ids, mtp_k=mtp_k)), decoder.mtp_k, None)
+
+    def total(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of an answer to each prompt: tokens/s, tokens a round, share of drafts accepted per position, the tokens."""
         emitted = sum(len(r["token_ids"]) - 1 for r in results)
         names = ("accepted_per_position", "drafted_per_position")
-        counts = [[sum(r[name][i] for r in results) for i in range(most)] for name in names]
+        counts = zip(*([map(sum, zip(*(r[name] for r in results), strict=True)) for name in names]), strict=True)
         return {
             "tokens_per_second": emitted / sum(r["decode_seconds"] for r in results),
             "tokens_per_round": emitted / sum(r["rounds"] for r in results),
-            "acceptance": [accepted / drafted for accepted, drafted in zip(*counts, strict=True) if drafted],
+            "acceptance": [accepted / drafted for accepted, drafted in counts if drafted],
             "prefill_tokens_per_second": sum(map(len, self.prompts)) / sum(r["prefill_seconds"] for r in results),
             "token_ids": [r["token_ids"] for r in results],
         }
@@ -164,7 +168,8 @@ class Transformers:
 
 def measure(bench: Bench, chats: list[list[int]], other: Transformers | None, repeats: int) -> dict[str, Any]:
     """chats: further prompts, of which only the acceptance is measured."""
-    fixed = range(most_drafts(bench.engine, "auto") + 1)
+    most = most_drafts(bench.engine, "auto")
+    fixed = range(most + 1)
     ks: list[MtpK] = list(fixed)
     if bench.engine.manifest.has_mtp:
         ks.append("auto")
@@ -172,11 +177,16 @@ def measure(bench: Bench, chats: list[list[int]], other: Transformers | None, re
     others: list[float] = []
     other_tokens: list[list[int]] = []
     some = slice(0, 4)  # transformers is slow: four prompts of each repeat
-    most = most_drafts(bench.engine, ks[-1])
-    bench.decode(most, GREEDY)  # warm up
+    drafting, plain_decoding = bench.decoder(most, GREEDY), bench.decoder(0, GREEDY)
+    for count in fixed:  # warm up
+        bench.answer(drafting, bench.prompts[0], count)
     for repeat in range(repeats):
-        for k in ks:  # by itself it begins each time with nothing known
-            runs[k].append(bench.decode(AutoK(most) if k == "auto" else k, GREEDY))
+        auto = AutoK(most)  # with nothing known
+        answers: dict[MtpK, list[dict[str, Any]]] = {k: [] for k in ks}
+        for prompt, k in itertools.product(bench.prompts, ks):
+            answers[k].append(bench.answer(drafting if k else plain_decoding, prompt, auto if k == "auto" else k))
+        for k in ks:
+            runs[k].append(bench.total(answers[k]))
         if other:
             speed, other_tokens = other.decode(bench.prompts[some], bench.count, bench.stop_ids)
             others.append(speed)
@@ -196,7 +206,7 @@ def measure(bench: Bench, chats: list[list[int]], other: Transformers | None, re
             "acceptance": runs[k][0]["acceptance"],
         }
     if "auto" in ks:
-        best = max(fixed, key=lambda k: float(result["greedy"][k]["tokens_per_second"]))
+        best = max(fixed, key=lambda count: float(result["greedy"][count]["tokens_per_second"]))
         speeds = zip(runs["auto"], runs[best], strict=True)
         times_best = statistics.median(r["tokens_per_second"] / b["tokens_per_second"] for r, b in speeds)
         result["greedy"]["auto"] |= {"best_k": best, "times_best": times_best}
