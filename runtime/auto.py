@@ -21,6 +21,7 @@ FADING = 0.998  # the same, a round without a draft there
 KEPT = 16  # rounds of each K that its cost is from
 PROBE = 32  # rounds between two that try another K, a third of it where that was timed fewer than ENOUGH times
 ENOUGH = 3
+NEAR = 0.85  # of the best rate: what is tried, beside the next K on either side
 PRIOR = 4.0  # rounds' worth of belief that a draft is right as often as the one before it
 FIRST = 0.7  # what that belief begins with
 GUESS = 0.2  # of a round without drafts, what each adds: until two numbers of drafts were timed
@@ -41,11 +42,11 @@ class AutoK:
         """The number of drafts for the next round."""
         rates = self.rates()
         best = max(range(self.most + 1), key=rates.__getitem__)
-        around = [k for k in (best - 1, best + 1) if 0 <= k <= self.most]
-        if around:
-            other = min(around, key=self.tried.__getitem__)
+        others = [k for k, rate in enumerate(rates) if k != best and (rate > NEAR * rates[best] or abs(k - best) == 1)]
+        if others:
+            other = min(others, key=self.tried.__getitem__)
             every = PROBE if len(self.seconds[other]) >= ENOUGH else PROBE // 3
-            if self.rounds - max(self.tried[k] for k in around) >= every:
+            if self.rounds - max(self.tried[k] for k in others) >= every:
                 return other
         return best
 

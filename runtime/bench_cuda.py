@@ -169,7 +169,7 @@ def fill(engine: CudaEngine) -> None:
             tensor.normal_(std=0.1)
 
 
-def auto_case(engine: CudaEngine, context: int, simulate: float) -> dict[str, Any]:
+def auto_case(engine: CudaEngine, context: int, simulate: float, bandwidth: float) -> dict[str, Any]:
     """K by itself, from nothing known on, over as many rounds as the fixed ones have together."""
     most, rounds = most_drafts(engine, "auto"), ROUNDS * REPEATS
     capacity = context + (rounds + 1) * (most + 1)
@@ -194,6 +194,7 @@ def auto_case(engine: CudaEngine, context: int, simulate: float) -> dict[str, An
         "tokens_per_round": emitted / counted,
         "tokens_per_second": emitted / seconds,
         "megabytes": moved / counted / 1e6,
+        "share_of_floor": moved / bandwidth / seconds,
         "rounds_by_k": auto.seen,
     }
 
@@ -314,7 +315,7 @@ def measure(engine: CudaEngine, simulate: float, contexts: Sequence[int] | None,
             flush=True,
         )
     if engine.manifest.has_mtp:
-        decoded.append(r := auto_case(engine, contexts[0], simulate))
+        decoded.append(r := auto_case(engine, contexts[0], simulate, bandwidth))
         print(
             f"{r['context']:>8} auto: {r['ms']:.3f} ms, {r['tokens_per_round']:.2f} tokens a round, "
             f"{r['tokens_per_second']:.0f} tokens/s; rounds by K {r['rounds_by_k']}",

@@ -31,9 +31,8 @@ WHOLE, DRAFTS, VERIFY, FINISH = "whole", "drafts", "verify", "finish"  # what a 
 
 
 class Shape(NamedTuple):
-    """What is captured with a round. rows: that the head has not seen, right or wrong: those of the verify before."""
+    """What is captured with a round."""
 
-    rows: int
     drafts: int
     sampling: SamplingConfig
     drafting: SamplingConfig
@@ -72,7 +71,6 @@ class GraphDecoder:
         self.accepted = 0  # rows of the last round, which the next call commits
         self.head_tokens: list[int] = []  # what followed the rows that the head has not seen
         self.queued: list[int] = []  # the same of earlier rows, of rounds without drafts; they wait in `prefilled`
-        self.rows = 0  # of the last verify; 0: a prefill came after it
         self.under_way: Shape | None = None  # of rounds that are launched and not read
         self.ask(sampler)
         self.drafting = _captured(drafter or sampler)
@@ -102,7 +100,7 @@ class GraphDecoder:
             for tensor in memory:
                 tensor.zero_()
         self.model.buffers.control.zero_()
-        self.position = self.accepted = self.rows = 0
+        self.position = self.accepted = 0
         self.head_tokens, self.queued = [], []
 
     # ---- the head's rows ----
@@ -166,7 +164,7 @@ class GraphDecoder:
             self._allow([])
         model.sample_first(self.sampling, self.steered)
         self.position, self.accepted, self.last = last, 0, int(b.verify_tokens[0])
-        self.head_tokens, self.rows = [self.last], 0
+        self.head_tokens = [self.last]
         self._check(int(b.control[ERROR]))
         self._emitted([self.last])
         if self.steering:
@@ -178,12 +176,11 @@ class GraphDecoder:
     def shape(self, drafts: int) -> Shape:
         """Of a round that comes next."""
         steered = self.steered is not None
-        return Shape(self.rows or drafts + 1, drafts, self.sampling, self.drafting, steered, self.masked)
+        return Shape(drafts, self.sampling, self.drafting, steered, self.masked)
 
     def capture(self, shape: Shape, part: str = WHOLE) -> None:
         """Record the round, once for every place of its results."""
-        if shape.drafts or part != DRAFTS:
-            self.model.warm_up(shape.drafts, shape.rows)
+        self.model.warm_up(shape.drafts, self.mtp_k + 1)
         torch.cuda.synchronize()
         collecting = gc.isenabled()
         gc.disable()  # it could end another decoder, which would wait for the device: not allowed during a capture
@@ -215,8 +212,8 @@ class GraphDecoder:
         model, b = self.model, self.model.buffers
         steering = b.steering(shape.masked) if shape.steered else None
         if part in (WHOLE, DRAFTS):
-            for index in range(shape.drafts):
-                model.draft(shape.rows, index, shape.drafting, steering)
+            for index in range(shape.drafts):  # the first after as many rows as there may be, right ones and others
+                model.draft(self.mtp_k + 1, index, shape.drafting, steering)
         if part == DRAFTS:
             self.host_drafts.copy_(b.drafts, non_blocking=True)
         if part in (WHOLE, VERIFY):
@@ -261,8 +258,7 @@ class GraphDecoder:
         self._check(control[ERROR])
         emitted = tokens[: control[COUNT]]
         self.position += len(emitted)
-        self.accepted, self.last, self.rows = len(emitted), emitted[-1], count + 1
-        self.head_tokens = list(emitted)
+        self.accepted, self.last, self.head_tokens = len(emitted), emitted[-1], list(emitted)
         self._emitted(emitted)
         return drafts[:count][: limit and limit - 1], emitted[:limit]
 
