@@ -102,11 +102,11 @@ class RoundBuffers:
         self.pair, self.head_x, self.draft_x = floats(rows, 2 * h), floats(rows, h), floats(1, h)
         self.head_hidden, self.draft_logits, self.draft_token = floats(1, h), floats(1, draft_vocab), integers(1)
 
-    def steering(self, masked: bool) -> sampling_cuda.Steering:
+    def steering(self, masked: bool) -> sampling_cuda.SteeringArguments:
         """masked: by a grammar too."""
         addresses = [tensor.data_ptr() for tensor in (self.occurrences, self.penalties, self.bias)]
         allowed = (self.allowed.data_ptr(), self.allowed.shape[1]) if masked else (None, 0)
-        return sampling_cuda.Steering(*addresses, *allowed)
+        return sampling_cuda.SteeringArguments(*addresses, *allowed)
 
 
 class PrefillBuffers:

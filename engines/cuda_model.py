@@ -94,7 +94,7 @@ class Sample(NamedTuple):
     config: SamplingConfig
     offset: int
     outputs: list[int]
-    steering: sampling_cuda.Steering | None = None
+    steering: sampling_cuda.SteeringArguments | None = None
     first: int = 0
 
 
@@ -218,9 +218,9 @@ class CudaModel:
             self.recorded.append((name, call))
         call()
 
-    def warm_up(self, mtp_k: int, rows: int) -> None:
-        """Before a round of `mtp_k` drafts, the first of them after `rows` rows, is captured: nothing is left to do
-        once kernels are loaded."""
+    def warm_up(self, drafts: int, head_rows: int, rows: int) -> None:
+        """Before so many drafts, the first of them after `head_rows` rows, and a verify of `rows` rows, 0 for none, are
+        captured: nothing is left to do once kernels are loaded."""
 
     def control(self, word: int) -> int:
         """The address of a word of the control block."""
@@ -360,7 +360,7 @@ class CudaModel:
     # ---- the graphs ----
 
     def verify(
-        self, rows: int, sampling: SamplingConfig | None = None, steering: sampling_cuda.Steering | None = None
+        self, rows: int, sampling: SamplingConfig | None = None, steering: sampling_cuda.SteeringArguments | None = None
     ) -> None:
         """buffers.verify_tokens at the control block's position -> buffers.logits and hidden; with `sampling` also
         buffers.sampled."""
@@ -380,12 +380,12 @@ class CudaModel:
         sample = self.of_rows(sampling, steering) if sampling else None
         self.project("lm_head", given, self.store(self.head, b.logits), b.hidden, b.logits, sample)
 
-    def of_rows(self, sampling: SamplingConfig, steering: sampling_cuda.Steering | None) -> Sample:
+    def of_rows(self, sampling: SamplingConfig, steering: sampling_cuda.SteeringArguments | None) -> Sample:
         """How the rows of a verify are sampled."""
         return Sample(self.sampling, sampling, 1, [self.buffers.sampled.data_ptr()], steering)
 
     def of_draft(
-        self, index: int, sampling: SamplingConfig | None, steering: sampling_cuda.Steering | None
+        self, index: int, sampling: SamplingConfig | None, steering: sampling_cuda.SteeringArguments | None
     ) -> Sample | None:
         """How a draft is. The mask of the first is known before the round, those of others are not."""
         if not sampling:
@@ -402,7 +402,7 @@ class CudaModel:
         rows: int,
         index: int,
         sampling: SamplingConfig | None = None,
-        steering: sampling_cuda.Steering | None = None,
+        steering: sampling_cuda.SteeringArguments | None = None,
     ) -> None:
         """The head's draft number `index`, from 0: buffers.draft_logits; with `sampling` also its token, to where the
         next draft, the verify and the acceptance look for it. The first takes the `rows` rows of the last verify, of
@@ -475,7 +475,7 @@ class CudaModel:
         addresses = b.out_tokens.data_ptr(), b.control.data_ptr(), b.occurrences.data_ptr()
         self.launch("count", self.sampling.count, *addresses)
 
-    def sample_first(self, sampling: SamplingConfig, steering: sampling_cuda.Steering | None = None) -> None:
+    def sample_first(self, sampling: SamplingConfig, steering: sampling_cuda.SteeringArguments | None = None) -> None:
         """The token after a prompt, at the control block's position: into the next verify and the head."""
         b = self.buffers
         outputs = [b.verify_tokens.data_ptr(), b.head_tokens.data_ptr()]

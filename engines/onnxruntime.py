@@ -40,6 +40,8 @@ class OnnxRuntimeEngine:
         self.max_rows = 17 if layout == "host" else RING_CALL_ROWS
         self.sessions: dict[str, Any] = {}
         self.capacity = self.window = 0
+        self.bindings: dict[tuple[str, int, int, int], Any] = {}
+        self.rows: dict[tuple[str, int], dict[str, Any]] = {}  # inputs and outputs that are no state
 
     def load(self, *graphs: str) -> None:
         """Create the sessions of these graphs now rather than at their first call."""
@@ -78,12 +80,15 @@ class OnnxRuntimeEngine:
     def start(self, capacity: int, window: int) -> None:
         if capacity == self.capacity and window <= self.window:  # keep what was bound; caches are written before read
             self.parity, self.window_rows = 0, 1
+            # Those of prefills are not kept: prompts have any length.
+            self.bindings = {key: value for key, value in self.bindings.items() if not key[0].endswith("prefill")}
+            self.rows = {key: value for key, value in self.rows.items() if not key[0].endswith("prefill")}
             for states in self.pairs:
                 for state in states.values():
                     state.fill(0)
             return
         self.capacity, self.window = capacity, window
-        self.bindings: dict[tuple[str, int, int, int], Any] = {}
+        self.bindings = {}
         self.parity, self.window_rows = 0, 1
         self.buffers: dict[str, Floats] = {}  # KV caches, one each
         self.pairs: tuple[dict[str, Floats], dict[str, Floats]] = ({}, {})  # the other states, two sets
@@ -94,7 +99,7 @@ class OnnxRuntimeEngine:
                     continue
                 for store in (self.buffers,) if name.endswith("kv_cache") else self.pairs:
                     store[name] = np.zeros(sized(shape, sizes), dtype)
-        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
+        self.rows = {}
 
     def prefill(self, token_ids: Tokens, position: int, accepted: int) -> tuple[Floats, Floats]:
         assert accepted <= self.window_rows

@@ -155,7 +155,7 @@ class TensorRtModel(CudaModel):
         return self.buffers.control[word : word + 1]
 
     def verify(
-        self, rows: int, sampling: SamplingConfig | None = None, steering: sampling_cuda.Steering | None = None
+        self, rows: int, sampling: SamplingConfig | None = None, steering: sampling_cuda.SteeringArguments | None = None
     ) -> None:
         b = self.buffers
         self.execute(
@@ -174,7 +174,7 @@ class TensorRtModel(CudaModel):
         rows: int,
         index: int,
         sampling: SamplingConfig | None = None,
-        steering: sampling_cuda.Steering | None = None,
+        steering: sampling_cuda.SteeringArguments | None = None,
     ) -> None:
         b, first = self.buffers, index == 0
         place = self.word(sampling_cuda.HEAD_POSITION if first else sampling_cuda.POSITION)
@@ -190,14 +190,19 @@ class TensorRtModel(CudaModel):
         if sample := self.of_draft(index, sampling, steering):
             self.sample(sample, b.draft_logits, 1)
 
-    def warm_up(self, mtp_k: int, rows: int) -> None:
-        """Every call of a round once, outside a capture, where TensorRT may allocate and compile. Leaves no trace: it
-        writes rows that the round writes again, and the hidden state is put back."""
-        hidden = self.buffers.hidden.clone()
-        for index in range(mtp_k):
-            self.draft(rows, index)
-        self.verify(mtp_k + 1)
-        self.buffers.hidden.copy_(hidden)
+    def warm_up(self, drafts: int, head_rows: int, rows: int) -> None:
+        """These calls once, outside a capture, where TensorRT may allocate and compile. Leaves no trace, wherever the
+        sequence is: nothing is committed, what it writes into caches and rings the round writes again, and the hidden
+        state and the control block are put back."""
+        b = self.buffers
+        kept = [(tensor, tensor.clone()) for tensor in (b.hidden, b.control)]
+        b.control[sampling_cuda.COMMIT] = 0
+        for index in range(drafts):
+            self.draft(head_rows, index)
+        if rows:
+            self.verify(rows)
+        for tensor, values in kept:
+            tensor.copy_(values)
 
 
 class PrefillRows:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ PAGE = Path(__file__).parent / "page"
 FILES = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")}
 FILES["/page.js"] = ("page.js", "text/javascript")
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'",
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
@@ -49,13 +49,17 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
-        self.service.worker.check_room()
+        service = self.service
+        service.worker.check_room(service.coming)
+        service.coming += 1
         try:
-            body = await read_body(Request(scope, receive), self.service.settings.max_body)
+            body = await read_body(Request(scope, receive), service.settings.max_body)
+            prepared = await service.prepare_aside(body, self.parse)
+            del body
         except ClientDisconnect:
             return
-        prepared = await self.service.prepare_aside(body, self.parse)
-        del body
+        finally:
+            service.coming -= 1
         await Exchange(self.service, prepared, self.reply, began).run(scope, receive, send)
 
 
@@ -238,6 +242,23 @@ class Keyed:
         await JSONResponse(error.body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
 
+class Named:
+    """Only for those who call the server by one of its names, where there are any: a page of another host whose name
+    was made to lead here may not read answers."""
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if not self.names or name.strip("[]").lower() in self.names:
+            await self.app(scope, receive, send)
+            return
+        message = f"Host {host!r}: not a name of this server; use {' or '.join(sorted(self.names))}, or --api-key-file"
+        await JSONResponse(RequestError(403, message).body, 403)(scope, receive, send)
+
+
 def make_app(service: Service) -> Starlette:
     async def models(request: Request) -> Response:
         name = request.path_params.get("name")
@@ -273,7 +294,11 @@ def make_app(service: Service) -> Starlette:
     paths = {route.path for route in routes}
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Counted, service, paths), Middleware(Keyed, service)],
+        middleware=[
+            Middleware(Counted, service, paths),
+            Middleware(Named, service.settings.names),
+            Middleware(Keyed, service),
+        ],
         exception_handlers={RequestError: refused, HTTPException: not_found, Exception: failed},
     )
     app.router.redirect_slashes = False

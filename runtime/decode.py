@@ -219,6 +219,10 @@ def main() -> None:
     if options.stop and not tokenizer:
         raise UserError(f"--stop: {options.engines} has no tokenizer.json, so there is no text to look in")
     prompt = read_prompt(options, tokenizer)
+    if options.logprobs is not None and not options.json:
+        raise UserError("--logprobs: they are part of what --json prints; add it")
+    if options.ignore_eos and (options.json_object or options.json_schema):
+        raise UserError("--ignore-eos: after its end an answer is not JSON any more; leave one of them out")
     request = request_of(options, engine, logprobs=options.logprobs, ignore_stop_ids=options.ignore_eos)
     most = most_drafts(engine, options.mtp_k)
     check_request(engine, prompt, options.max_new_tokens, most)

@@ -10,8 +10,11 @@ The mask of a token depends on the tokens before it alone, so drafts do not chan
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +26,75 @@ from export.errors import UserError
 
 Words = NDArray[np.uint32]
 # Between tokens of JSON: a blank, or a line's end and indentation. Any amount would let a model write blanks for ever.
-WHITESPACE = r"( |\n {0,32})?"
+OPTIONS: Any = {"whitespace_pattern": r"( |\n {0,32})?"}
+
+
+MAX_MULTIPLE = 20_000  # of all `multipleOf` together: the automaton has as many states
+
+
+class GrammarError(UserError):
+    """A grammar that cannot be made, or cannot go on."""
 
 
 class Grammars:
-    """Of the tokenizer of an engine directory. stop_ids: what may end an answer, once it is complete. Raises UserError:
-    a tokenizer that is not byte-level, no stop ids."""
+    """Of the tokenizer of an engine directory. stop_ids: what may end an answer, once it is complete."""
 
     def __init__(self, directory: Path, vocab_size: int, stop_ids: Sequence[int]) -> None:
-        path = directory / "tokenizer.json"
-        if not stop_ids:
-            raise UserError(f"{directory}: the checkpoint has no stop id, so JSON could not end; leave the format out")
-        try:
-            text = path.read_text(encoding="utf-8")
-            self.tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=list(stop_ids))
-        except ValueError as error:
-            raise UserError(
-                f"{path}: no grammar can be put on this tokenizer ({error}); leave the format out"
-            ) from None
+        self.directory, self.vocab_size, self.stop_ids = directory, vocab_size, list(stop_ids)
         self.words = -(-vocab_size // 32)
+
+    @functools.cached_property
+    def tokenizer(self) -> LLTokenizer:
+        """Raises GrammarError: a tokenizer that is not byte-level, no stop ids."""
+        path = self.directory / "tokenizer.json"
+        if not self.stop_ids:
+            raise GrammarError(f"{self.directory}: without a stop id JSON could not end; leave the format out")
+        try:
+            return LLTokenizer(path.read_text(encoding="utf-8"), n_vocab=self.vocab_size, eos_token=self.stop_ids)
+        except ValueError as error:
+            raise GrammarError(f"{path}: no grammar fits this tokenizer ({error}); leave the format out") from None
 
     def json_object(self) -> Grammar:
         return self.json_schema({"type": "object"})
 
     def json_schema(self, schema: Mapping[str, Any] | str) -> Grammar:
-        """Raises UserError: no JSON, no schema, or one that uses what the library has not."""
+        """Compiled, which may take seconds where a schema is large. Raises GrammarError: no JSON, no schema, one that
+        uses what the library has not, or would take it too long."""
         try:
             parsed = json.loads(schema) if isinstance(schema, str) else schema
-            text = json.dumps(parsed)
-            options: Any = {"whitespace_pattern": WHITESPACE}
-            source = LLMatcher.grammar_from_json_schema(text, overrides=options)
+            multiples = sum(_multiples(parsed))
+            source = LLMatcher.grammar_from_json_schema(json.dumps(parsed), overrides=OPTIONS)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"JSON schema: {error}; mend it") from None
+            raise GrammarError(f"JSON schema: {error}; mend it") from None
+        if multiples > MAX_MULTIPLE:
+            raise GrammarError(f"JSON schema: its `multipleOf` add up to more than {MAX_MULTIPLE}; use smaller ones")
         is_wrong, messages = LLMatcher.validate_grammar_with_warnings(source, self.tokenizer)
         if is_wrong:
-            raise UserError(f"JSON schema: {messages[0].splitlines()[0]}; mend it, or leave that part out")
-        return Grammar(self, source)
+            raise GrammarError(f"JSON schema: {messages[0].splitlines()[0]}; mend it, or leave that part out")
+        matcher = LLMatcher(self.tokenizer, source)
+        if matcher.is_error():
+            raise GrammarError(f"JSON schema: {matcher.get_error().splitlines()[0]}; make it simpler")
+        return Grammar(self, matcher)
+
+
+def _multiples(schema: Any) -> Iterator[int]:
+    """The digits of every `multipleOf`, as an integer: 0.25 is 25."""
+    parts = schema.items() if isinstance(schema, Mapping) else enumerate(schema) if isinstance(schema, list) else ()
+    for name, part in parts:
+        if name == "multipleOf" and isinstance(part, int | float) and math.isfinite(part):
+            digits = Decimal(str(part)).normalize()
+            yield abs(int(digits.scaleb(-int(min(digits.as_tuple().exponent, 0)))))
+        yield from _multiples(part)
 
 
 class Grammar:
-    """One grammar, compiled when an answer starts."""
+    """One grammar, compiled."""
 
-    def __init__(self, grammars: Grammars, source: str) -> None:
-        self.grammars, self.source = grammars, source
+    def __init__(self, grammars: Grammars, matcher: LLMatcher) -> None:
+        self._grammars, self._matcher = grammars, matcher
 
     def start(self) -> GrammarState:
-        return GrammarState(self.grammars, LLMatcher(self.grammars.tokenizer, self.source))
+        return GrammarState(self._grammars, self._matcher.deep_copy())
 
 
 class GrammarState:
@@ -87,14 +113,14 @@ class GrammarState:
 
     def allowed(self) -> Words | None:
         """uint32 [V / 32, rounded up]: bit v % 32 of word v // 32 says whether entry v may come next. None: any may.
-        Raises UserError: the grammar is too complex to go on."""
+        Raises GrammarError: the grammar is too complex to go on."""
         if self.is_over:
             return None
         if self._allowed is None:
             words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
             if self._matcher.is_error():
                 reason = self._matcher.get_error().splitlines()[0]
-                raise UserError(f"JSON schema: cannot go on ({reason}); make it simpler")
+                raise GrammarError(f"JSON schema: cannot go on ({reason}); make it simpler")
             self._allowed = words[: self._grammars.words]
         return self._allowed
 
@@ -107,6 +133,8 @@ class GrammarState:
                 return False
             self.is_over = True
         elif self._matcher.try_consume_tokens([token]) != 1:
+            if self._matcher.is_error():
+                raise GrammarError(f"JSON schema: {self._matcher.get_error().splitlines()[0]}; make it simpler")
             return False
         self._allowed = None
         return True

@@ -2,7 +2,7 @@
 
 Does what runtime.rounds.Decoder does, token for token, over the same kernels; the host only launches the graph and
 reads the round's tokens back. A round finds all that it needs on the device, so the next one is launched before this
-one is read: the GPU does not wait for the host. `runtime.rounds.generate` uses it for engines of the cuda target.
+one is read: the GPU does not wait for the host. `runtime.rounds.open_decoder` makes it for engines on a GPU.
 
 With a grammar a round is three graphs: the masks of its rows depend on the drafts, and the host makes them while the
 verify runs.
@@ -115,6 +115,7 @@ class GraphDecoder:
 
     def _queue(self) -> None:
         """The rows of the last round, which the next verify overwrites, behind those that wait for the head."""
+        assert self.in_flight == 1
         b, rows = self.engine.prefilled.buffers, len(self.head_tokens)
         if len(self.queued) + rows > b.rows:
             self._flush()
@@ -180,7 +181,7 @@ class GraphDecoder:
 
     def capture(self, shape: Shape, part: str = WHOLE) -> None:
         """Record the round, once for every place of its results."""
-        self.model.warm_up(shape.drafts, self.mtp_k + 1)
+        self.warm_up(shape, part)
         torch.cuda.synchronize()
         collecting = gc.isenabled()
         gc.disable()  # it could end another decoder, which would wait for the device: not allowed during a capture
@@ -195,6 +196,13 @@ class GraphDecoder:
                 gc.enable()
         while len(self.graphs) > MAX_GRAPHS:
             self.graphs.popitem(last=False)
+
+    def warm_up(self, shape: Shape, part: str) -> None:
+        """What will be captured once outside of it, in the middle of a sequence, and without a trace."""
+        if part != FINISH:
+            drafts = 0 if part == VERIFY else shape.drafts
+            rows = 0 if part == DRAFTS else shape.drafts + 1
+            self.model.warm_up(drafts, self.mtp_k + 1, rows)
 
     def launch(self, shape: Shape, part: str, place: int) -> None:
         key = shape, part, place

@@ -68,7 +68,8 @@ class Decoding(Protocol):
         most `limit`."""
 
     def cut(self, kept: int) -> None:
-        """Take back what the last round emitted beyond its first `kept` tokens: nothing of it is left."""
+        """Take back what the last round emitted beyond its first `kept` tokens: nothing of it is left, but in the
+        steering, which ends with the answer."""
 
 
 class Decoder:

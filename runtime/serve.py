@@ -39,6 +39,7 @@ from runtime.session import Session, most_drafts
 from runtime.template import ChatTemplate
 from runtime.tokenizer import Tokenizer
 
+CONNECTIONS = 256  # beside those that wait in the queue
 KEEP_ALIVE = 30  # seconds; clients give up idle connections earlier, so none is used as it closes
 
 
@@ -88,7 +89,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({reason}); choose another") from None
 
 
-def open_service(options: argparse.Namespace, keys: tuple[bytes, ...]) -> Service:
+def open_service(options: argparse.Namespace, keys: tuple[bytes, ...], names: set[str]) -> Service:
     """Raises UserError: the engines, or what is with them, cannot be used."""
     directory, engine = options.engines, engine_of(options)
     config = engine.manifest.config
@@ -102,7 +103,7 @@ def open_service(options: argparse.Namespace, keys: tuple[bytes, ...]) -> Servic
         session.encode([{"role": "user", "content": "hello"}])  # what is wrong with the template shows now
     grammars = Grammars(directory, config.vocab_size, config.eos_token_id)
     settings = Settings(
-        name_of(directory, engine), options.mtp_k, options.queue, options.max_body, keys, reuse=options.reuse
+        name_of(directory, engine), options.mtp_k, options.queue, options.max_body, keys, options.reuse, names
     )
     return Service(session, grammars, settings)
 
@@ -134,6 +135,8 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
+            limit_concurrency=service.settings.queue + CONNECTIONS,
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=math.ceil(grace) + 5,
         )
@@ -178,14 +181,13 @@ def main() -> None:
     options = parse()
     keys = read_keys(options.api_key_file) if options.api_key_file else ()
     with listen(options.host, options.port) as listener:
-        address = listener.getsockname()[0]
-        service = open_service(options, keys)
-        if not keys and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        address = listener.getsockname()[0].partition("%")[0]
+        is_local = ipaddress.ip_address(address).is_loopback
+        if not keys and not is_local:
             say(f"{address} can be reached by others, and without --api-key-file they need no key")
-        try:
+        names = {"localhost", "127.0.0.1", "::1", address, options.host.lower()} if is_local and not keys else set()
+        with contextlib.closing(open_service(options, keys, names)) as service:
             Server(service, options.grace).run(sockets=[listener])
-        finally:
-            service.close()
     sys.stdout.flush()
 
 

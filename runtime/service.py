@@ -1,6 +1,6 @@
 """What stands behind the server's endpoints: one session, a queue before it, and what a request becomes on its way in.
 
-service = Service(session, Grammars(directory, vocab_size, stop_ids), "demo")
+service = Service(session, Grammars(directory, vocab_size, stop_ids), Settings("demo"))
 ask, prompt, request = service.prepare(body, parse_chat)
 job = service.worker.submit(Job(prompt, request, post))
 service.close()
@@ -31,7 +31,8 @@ Parse = Callable[[bytes, Served], Ask]
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """model: the name that clients use. mtp_k: of requests that say nothing. queue: how many may wait. max_body: bytes.
-    keys: one of them is needed, if there are any. reuse: whether caches are kept between requests."""
+    keys: one of them is needed, if there are any. reuse: whether caches are kept between requests. names: hosts that
+    requests may be for; none: any."""
 
     model: str
     mtp_k: MtpK = 2
@@ -39,6 +40,7 @@ class Settings:
     max_body: int = 1 << 20
     keys: Collection[bytes] = ()
     reuse: bool = False
+    names: Collection[str] = ()
 
 
 class Prepared(NamedTuple):
@@ -59,6 +61,7 @@ class Service:
         session.tokenizer.bytes_of(0)  # so that no request waits for what is made at the first call
         self.worker = Worker(session, settings.queue, settings.reuse)
         self.metrics = Metrics(lambda: self.worker.waiting)
+        self.coming = 0  # requests that are not in the queue yet
         self._preparer = ThreadPoolExecutor(1, "prepare")  # one: in the order they came
 
     def admits(self, authorization: bytes) -> bool:

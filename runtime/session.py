@@ -163,7 +163,12 @@ class Session:
     def say(self, messages: Sequence[Message], request: Request, update: Update | None = None) -> Iterator[Piece]:
         """The answer to the conversation, at most as long as the capacity allows. Raises UserError, and leaves the
         session as it was: as `answer`, or the template refuses the messages, or they are not text."""
-        prompt = self.encode(messages)
+        variables = {}
+        if request.grammar and self.template and self.template.knows_thinking:
+            if self.variables.get("enable_thinking"):
+                raise UserError("--think: an answer in JSON has no place for thinking; leave one of them out")
+            variables = {"enable_thinking": False}
+        prompt = self.encode(messages, **variables)
         if len(prompt) >= self.capacity:
             raise UserError(
                 f"the conversation has {len(prompt)} tokens, with room for an answer it may have {self.capacity - 1} "

@@ -45,7 +45,10 @@ class Tokenizer:
     def _bytes(self) -> Callable[[list[int]], bytes]:
         from llguidance import LLTokenizer
 
-        return LLTokenizer(self._tokenizer.to_str()).decode_bytes
+        try:
+            return LLTokenizer(self._tokenizer.to_str()).decode_bytes
+        except ValueError:  # not byte-level: then tokens are whole characters
+            return lambda ids: self._decode(ids).encode()
 
     def stream(self, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
         """The text of each token, special tokens left out, as soon as it is whole: a character that is split over

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from export.errors import UserError
 from runtime.fields import RequestError
+from runtime.grammar import GrammarError
 from runtime.session import Piece, Request, Session
 
 LOG = logging.getLogger("tandem.serve")
@@ -43,8 +44,14 @@ class Job:
     """One answer. post: called with each event, from another thread; it may not block or raise."""
 
     def __init__(self, prompt: Sequence[int], request: Request, post: Callable[[Event], None]) -> None:
-        self.prompt, self.request, self.post = prompt, request, post
-        self.is_cancelled = False
+        self.prompt, self.request, self._post = prompt, request, post
+        self.is_cancelled = self.is_over = False
+
+    def post(self, event: Event) -> None:
+        """Nothing is heard after the end."""
+        if not self.is_over:
+            self.is_over = isinstance(event, Done | RequestError)
+            self._post(event)
 
     def check(self, done: float = 0, total: float = 0) -> None:
         """As the `update` of a prefill: ends it where the answer is not wanted any more."""
@@ -68,10 +75,10 @@ class Worker:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def check_room(self) -> None:
-        """Raises RequestError, as `submit` would now."""
+    def check_room(self, coming: int = 0) -> None:
+        """Raises RequestError, as `submit` would after `coming` others."""
         with self._change:
-            self._check_room()
+            self._check_room(coming)
 
     def submit(self, job: Job) -> Job:
         """Raises RequestError: there is no place left, or no work is taken any more."""
@@ -99,10 +106,13 @@ class Worker:
             job.post(_stopping())
 
     def abort(self) -> None:
-        """Cancel the one that runs."""
+        """Cancel the one that runs. Its client hears of it at once, however long the call takes that is under way."""
         with self._change:
-            if self._running:
-                self._running.is_cancelled = True
+            running = self._running
+            if running:
+                running.is_cancelled = True
+        if running:
+            running.post(_stopping())
 
     def close(self) -> None:
         """Stop, abort, and wait for the thread to end."""
@@ -110,10 +120,10 @@ class Worker:
         self.abort()
         self._thread.join()
 
-    def _check_room(self) -> None:
+    def _check_room(self, coming: int = 0) -> None:
         if self.is_stopping:
             raise _stopping()
-        if len(self._waiting) + (self._running is not None) > self.limit:
+        if len(self._waiting) + (self._running is not None) + coming > self.limit:
             message = f"the queue is full: {self.limit} requests wait; ask again in a second"
             raise RequestError(429, message, code="queue_full")
 
@@ -156,7 +166,7 @@ class Worker:
                     job.check()
         except UserError as error:
             LOG.error("%s", error)
-            return RequestError(400 if job.request.grammar else 500, str(error))
+            return RequestError(400 if isinstance(error, GrammarError) else 500, str(error))
         return Done(self.session.finish_reason or "stop", self.session.reused)
 
 

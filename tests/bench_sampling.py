@@ -13,7 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from plugins.sampling.cuda import CONTROL_WORDS, COUNT, ERROR, SOURCE, SamplingKernels, Steering, defines, seed_words
+from plugins.sampling.cuda import (
+    CONTROL_WORDS,
+    COUNT,
+    ERROR,
+    SOURCE,
+    SamplingKernels,
+    SteeringArguments,
+    defines,
+    seed_words,
+)
 from runtime.sampling import SamplingConfig
 from tests.backends import GPU
 
@@ -68,7 +77,7 @@ def steering_times(kernels: SamplingKernels, rows: int) -> dict[str, float]:
     a, b, c, d, e, f, g = (t.data_ptr() for t in (given, out, bias, params, occurrences, tokens, allowed))
     times = {}
     for name, mask in (("steer", 0), ("steer, mask", g)):
-        steering = Steering(occurrences=e, params=d, bias=c, allowed=mask, allowed_stride=VOCAB // 32)
+        steering = SteeringArguments(occurrences=e, params=d, bias=c, allowed=mask, allowed_stride=VOCAB // 32)
         times[name] = microseconds(partial(kernels.steer, a, rows, f, 0, steering, b))
     return times
 

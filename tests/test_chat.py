@@ -24,6 +24,7 @@ from engines.manifest import Manifest
 from engines.onnxruntime import OnnxRuntimeEngine
 from export.errors import UserError
 from runtime import chat, rounds, session
+from runtime.grammar import Grammars
 from runtime.rounds import Decoder, Round
 from runtime.sampling import Sampler, SamplingConfig
 from runtime.session import MtpK, Piece, Request, Session
@@ -250,6 +251,20 @@ def test_a_template_that_drops_thinking_starts_over(engine: OnnxRuntimeEngine, t
     assert fresh.tokens == talk.tokens and not fresh.again
     with pytest.raises(UserError, match=r"--no-think: .*enable_thinking"):
         open_session(engine, thinking=False)
+
+
+def test_json_is_not_thought_about(engine: OnnxRuntimeEngine, tmp_path: Path) -> None:
+    """A template that knows thinking is told that there is none."""
+    config = engine.manifest.config
+    grammar = Grammars(engine.directory, config.vocab_size, config.eos_token_id).json_object()
+    request = Request(SamplingConfig(frequency_penalty=0.5), 30, grammar=grammar)
+    template = template_file(tmp_path, THINKING)
+    talk = open_session(engine, template=template)
+    list(talk.say([user("a")], request))
+    assert talk.prompt == talk.encode([user("a")], enable_thinking=False) != talk.encode([user("a")])
+    assert talk.text.startswith("{")
+    with pytest.raises(UserError, match="--think"):
+        open_session(engine, template=template, thinking=True).say([user("a")], request)
 
 
 def test_tokens_stand_for_the_content_only_where_it_is_shown(engine: OnnxRuntimeEngine, tmp_path: Path) -> None:

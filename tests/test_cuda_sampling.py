@@ -21,7 +21,7 @@ from torch import Tensor
 
 from plugins import rms_norm
 from plugins.sampling import cuda as sampling_cuda
-from plugins.sampling.cuda import CONTROL_WORDS, SOURCE, SamplingKernels, Steering, defines, seed_words
+from plugins.sampling.cuda import CONTROL_WORDS, SOURCE, SamplingKernels, SteeringArguments, defines, seed_words
 from runtime import steering
 from runtime.sampling import Sampler, SamplingConfig, all_gumbel, philox
 from tests.backends import BACKENDS, Backend, pointer
@@ -75,7 +75,7 @@ class Device:
         tensors = [move(torch.from_numpy(array)) for array in case.packed()]
         *addresses, allowed = [t.data_ptr() for t in tensors]
         masked = case.allowed is not None
-        by = Steering(*addresses, allowed if masked else 0, tensors[-1].shape[-1] if masked else 0)
+        by = SteeringArguments(*addresses, allowed if masked else 0, tensors[-1].shape[-1] if masked else 0)
         head = (before.data_ptr(), len(logits), tokens.data_ptr(), first, by)
         self.kernels.steer(*head, out.data_ptr(), self.backend.stream)
         self.backend.sync()

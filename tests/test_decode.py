@@ -198,13 +198,13 @@ def test_bad_requests_are_one_line(built: Built, spoken: Path, tmp_path: Path) -
     for flags in (("--threads", 99999), ("--threads", -1), ("--seed", "1e3"), ("--temperature", 1e-300)):
         refused(decode(spoken, "--prompt", "a", *flags), flags[0])
     refused(decode(spoken, "--token-ids", "1_0"), "1_0")
+    refused(decode(spoken, "--prompt", "a", "--json", "--logprobs", 21), "--logprobs 21")
     for flag, value in (
         ("--mtp-k", "most"),
         ("--mtp-k", 17),
         ("--logit-bias", "1=2"),
         ("--logit-bias", "24:1"),
         ("--logit-bias", "1:101"),
-        ("--logprobs", 21),
         ("--stop", ""),
         ("--presence-penalty", 3),
         ("--repetition-penalty", 0),
@@ -212,6 +212,8 @@ def test_bad_requests_are_one_line(built: Built, spoken: Path, tmp_path: Path) -
         refused(decode(spoken, "--prompt", "a", flag, value), flag)
     refused(decode(spoken, "--prompt", "a", "--json-schema", tmp_path / "missing"), tmp_path / "missing")
     refused(decode(spoken, "--prompt", "a", "--json-object"), "tokenizer.json", "Fuse")
+    refused(decode(spoken, "--prompt", "a", "--json-object", "--ignore-eos"), "--ignore-eos")
+    refused(decode(spoken, "--prompt", "a", "--logprobs", 2), "--logprobs", "--json")
     refused(decode(built.directory, "--token-ids", "1", "--stop", "a"), "--stop", "tokenizer.json")
     refused(decode(built.directory, "--token-ids", "1", "--json-object"), "--json-object", "tokenizer.json")
 

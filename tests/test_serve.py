@@ -25,6 +25,7 @@ import torch
 from export.cli import run
 from runtime import serve as command
 from runtime import session as session_module
+from runtime.app import PAGE_HEADERS
 from runtime.fields import RequestError
 from runtime.grammar import Grammars
 from runtime.requests import parse_chat
@@ -304,6 +305,17 @@ def test_logprobs_of_completions(running: Running) -> None:
     assert [list(top) for top in only.logprobs.top_logprobs] == [[token] for token in found.tokens]
 
 
+def test_pages_of_other_hosts_read_nothing(demo: Path) -> None:
+    """A browser that was led here by another host's name says that name."""
+    with serve(demo, names={"localhost", "127.0.0.1", "::1"}) as running:
+        for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
+            assert running.ask("GET", "/v1/models", headers={"Host": host}).status == 200
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example:1", ""):
+            for path in ("/v1/models", "/", "/metrics"):
+                answer = running.ask("GET", path, headers={"Host": host})
+                assert answer.status == 403 and "localhost" in answer.error["message"]
+
+
 def test_the_model_health_and_the_page(running: Running) -> None:
     with running.client() as client:
         (model,) = client.models.list().data
@@ -321,7 +333,8 @@ def test_the_model_health_and_the_page(running: Running) -> None:
     ):
         page = running.get(path)
         assert page.status == 200 and kind in page.headers["Content-Type"] and mention in page.body
-        assert page.headers["Content-Security-Policy"] == "default-src 'self'"
+        assert page.headers["Content-Security-Policy"] == PAGE_HEADERS["Content-Security-Policy"]
+        assert "default-src 'self'" in page.headers["Content-Security-Policy"]
         assert page.headers["X-Content-Type-Options"] == "nosniff" and page.headers["Cache-Control"] == "no-store"
     for path in ("/page", "/../serve.py", "/v1", "/v1/models/", "/page.js/"):
         answer = running.get(path)

@@ -2,7 +2,7 @@
 
     kernels = SamplingKernels(Module(cached_kernels(SOURCE, "sm_90", defines(hidden_size))), vocab_size)
     scratch = torch.zeros(kernels.scratch_bytes(rows=3), dtype=torch.uint8, device="cuda")
-    steering = Steering(occurrences=occurrences, params=params, bias=bias)    # optional: kernels.steer, .count
+    steering = SteeringArguments(occurrences=occurrences, params=params, bias=bias)  # optional: kernels.steer, .count
     kernels.steer(logits, 3, verify_tokens, 0, steering, steered, stream)
     kernels.sample(steered, 3, config, position, 1, seed, [tokens], error, scratch.data_ptr(), stream)
     kernels.accept(tokens, drafts, 2, seed, control, verify_tokens, head_tokens, out_tokens, stream)
@@ -42,7 +42,7 @@ class Filters(Structure):
     ]
 
 
-class Steering(Structure):
+class SteeringArguments(Structure):
     """Addresses of what changes logits before they are sampled; V is at least the vocabulary of the call.
 
     occurrences: int32 [V], twice the times an entry stands in the answer so far, plus 1 if it stands in the prompt.
@@ -61,8 +61,8 @@ class Steering(Structure):
         ("padding", c_int),
     ]
 
-    def unmasked(self) -> Steering:
-        return Steering(self.occurrences, self.params, self.bias)
+    def unmasked(self) -> SteeringArguments:
+        return SteeringArguments(self.occurrences, self.params, self.bias)
 
 
 class Tokens(Structure):
@@ -117,7 +117,9 @@ class SamplingKernels:
         args = [*map(c_void_p, addresses), c_float(epsilon)]
         self._launch("mtp_inputs", (rows, 2), _THREADS, args, stream)
 
-    def steer(self, logits: int, rows: int, tokens: int, first: int, steering: Steering, out: int, stream: int) -> None:
+    def steer(
+        self, logits: int, rows: int, tokens: int, first: int, steering: SteeringArguments, out: int, stream: int
+    ) -> None:
         """logits float32 [T, V] -> out float32 [T, V], which is another buffer: the penalties for what row t comes
         after, then the bias; what `allowed` excludes is -1e30. All bits are those of the same steps in float32 on the
         host. tokens: int32 [first + T] of a verify: the last token of the answer, which occurrences already counts,
@@ -129,7 +131,7 @@ class SamplingKernels:
         self._launch("steer_logits", self._tiles(rows, 1), _THREADS, args, stream)
 
     def count(self, out_tokens: int, control: int, occurrences: int, stream: int) -> None:
-        """After `accept`: occurrences int32 [V] of Steering takes in the control[COUNT] tokens of the round."""
+        """After `accept`: the round's control[COUNT] tokens into SteeringArguments.occurrences, int32 [V]."""
         args = [c_void_p(out_tokens), c_void_p(control), c_void_p(occurrences)]
         self._launch("count_tokens", (1, 1), MAX_DRAFTS + 1, args, stream)
 
