@@ -53,7 +53,7 @@ class Completions:
         service.worker.check_room(service.coming)
         service.coming += 1
         try:
-            body = await read_body(Request(scope, receive), service.settings.max_body)
+            body = await self._body(Request(scope, receive))
             prepared = await service.prepare_aside(body, self.parse)
             del body
         except ClientDisconnect:
@@ -61,6 +61,19 @@ class Completions:
         finally:
             service.coming -= 1
         await Exchange(self.service, prepared, self.reply, began).run(scope, receive, send)
+
+    async def _body(self, request: Request) -> bytes:
+        """Not waited for once the server stops. Raises RequestError, ClientDisconnect."""
+        reading = asyncio.create_task(read_body(request, self.service.settings.max_body))
+        stopping = asyncio.create_task(self.service.stopping.wait())
+        try:
+            await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                self.service.worker.check_room()
+            return await reading
+        finally:
+            reading.cancel()
+            stopping.cancel()
 
 
 class Exchange:

@@ -55,7 +55,7 @@ class AutoK:
         self.tried[drafted] = self.rounds
         self.seen[drafted] += 1
         if self.seen[drafted] > 1:  # the first one prepares things
-            self.seconds[drafted].append(seconds)
+            self.seconds[drafted].append(max(seconds, 1e-9))
         for i in range(self.most):
             seen = i < min(drafted, accepted + 1)
             memory = MEMORY if seen else FADING

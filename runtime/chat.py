@@ -79,7 +79,7 @@ def lines() -> Iterator[str]:
             return
         if not line.strip():
             return
-        yield line
+        yield line.rstrip("\r")
 
 
 def reply_to(session: Session, messages: list[dict[str, Any]], request: Request) -> bool:

@@ -19,21 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
-from export.errors import UserError
+from runtime.steering import GrammarError
 
 Words = NDArray[np.uint32]
 # Between tokens of JSON: a blank, or a line's end and indentation. Any amount would let a model write blanks for ever.
 OPTIONS: Any = {"whitespace_pattern": r"( |\n {0,32})?"}
 
 
+LIMITS = LLParserLimits(max_items_in_row=20_000)  # the library's own are too low for objects of 500 properties
 MAX_MULTIPLE = 20_000  # of all `multipleOf` together: the automaton has as many states
-
-
-class GrammarError(UserError):
-    """A grammar that cannot be made, or cannot go on."""
 
 
 class Grammars:
@@ -68,19 +65,27 @@ class Grammars:
             raise GrammarError(f"JSON schema: {error}; mend it") from None
         if multiples > MAX_MULTIPLE:
             raise GrammarError(f"JSON schema: its `multipleOf` add up to more than {MAX_MULTIPLE}; use smaller ones")
-        is_wrong, messages = LLMatcher.validate_grammar_with_warnings(source, self.tokenizer)
+        is_wrong, messages = LLMatcher.validate_grammar_with_warnings(source, self.tokenizer, limits=LIMITS)
         if is_wrong:
-            raise GrammarError(f"JSON schema: {messages[0].splitlines()[0]}; mend it, or leave that part out")
-        matcher = LLMatcher(self.tokenizer, source)
+            raise GrammarError(f"JSON schema: {_line(messages[0])}; mend it, or leave that part out")
+        matcher = LLMatcher(self.tokenizer, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise GrammarError(f"JSON schema: {matcher.get_error().splitlines()[0]}; make it simpler")
+            raise GrammarError(f"JSON schema: {_line(matcher.get_error())}; make it simpler")
         return Grammar(self, matcher)
 
 
+def _line(message: str) -> str:
+    """The library's messages have several, with what it has seen of a pattern."""
+    return " ".join(message.split())[:200]
+
+
 def _multiples(schema: Any) -> Iterator[int]:
-    """The digits of every `multipleOf`, as an integer: 0.25 is 25."""
+    """The digits of every `multipleOf`, as an integer: 0.25 is 25. Raises ValueError: a key of the library's own, which
+    can make it write what is no JSON."""
     parts = schema.items() if isinstance(schema, Mapping) else enumerate(schema) if isinstance(schema, list) else ()
     for name, part in parts:
+        if name == "x-guidance":
+            raise ValueError("x-guidance is not part of a schema")
         if name == "multipleOf" and isinstance(part, int | float) and math.isfinite(part):
             digits = Decimal(str(part)).normalize()
             yield abs(int(digits.scaleb(-int(min(digits.as_tuple().exponent, 0)))))
@@ -119,8 +124,7 @@ class GrammarState:
         if self._allowed is None:
             words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
             if self._matcher.is_error():
-                reason = self._matcher.get_error().splitlines()[0]
-                raise GrammarError(f"JSON schema: cannot go on ({reason}); make it simpler")
+                raise GrammarError(f"JSON schema: cannot go on ({_line(self._matcher.get_error())}); make it simpler")
             self._allowed = words[: self._grammars.words]
         return self._allowed
 
@@ -134,7 +138,7 @@ class GrammarState:
             self.is_over = True
         elif self._matcher.try_consume_tokens([token]) != 1:
             if self._matcher.is_error():
-                raise GrammarError(f"JSON schema: {self._matcher.get_error().splitlines()[0]}; make it simpler")
+                raise GrammarError(f"JSON schema: {_line(self._matcher.get_error())}; make it simpler")
             return False
         self._allowed = None
         return True

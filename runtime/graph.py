@@ -10,6 +10,7 @@ verify runs.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections import OrderedDict
@@ -23,7 +24,7 @@ from engines.cuda_memory import PREFILL_CHUNK
 from export.errors import UserError
 from plugins.sampling.cuda import CONTROL_WORDS, COUNT, ERROR, seed_words
 from runtime.sampling import Sampler, SamplingConfig, TokenLogprob, logprob_of
-from runtime.steering import Steering
+from runtime.steering import GrammarError, Steering
 
 IN_FLIGHT = 2  # rounds launched and not yet read; each has a graph and a place for its results
 MAX_GRAPHS = 64  # kept; a round of another shape than these is captured again
@@ -285,11 +286,18 @@ class GraphDecoder:
         self.host_allowed.fill_(-1)  # everything: rows behind a draft against the grammar are never emitted
         state = self.steering.state.copy()
         for row in range(len(drafts) + 1):
-            allowed = state.allowed()
+            try:
+                allowed = state.allowed()
+            except GrammarError:
+                if not row:
+                    raise
+                break
             if allowed is not None:
                 self.host_allowed[row].numpy()[:] = allowed.view("int32")
-            if row < len(drafts) and not state.push(drafts[row]):
-                break
+            with contextlib.suppress(GrammarError):  # the answer itself may not come there
+                if row < len(drafts) and state.push(drafts[row]):
+                    continue
+            break
         count = len(drafts) + 1
         self.model.buffers.allowed[:count].copy_(self.host_allowed[:count], non_blocking=True)
 

@@ -14,6 +14,7 @@ commit accepted rows only, at the next call (plugins/gated_delta_net).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
@@ -25,7 +26,7 @@ from export.bindings import CACHE_BLOCK
 from export.errors import UserError
 from runtime.auto import AutoK
 from runtime.sampling import Floats, Sampler, TokenLogprob, logprob_of
-from runtime.steering import Steering
+from runtime.steering import GrammarError, Steering
 
 PREFILL_CHUNK = 256  # rows of one main.prefill call
 HEAD_CHUNK = 64  # rows that may queue up for the head in rounds without drafts
@@ -137,12 +138,15 @@ class Decoder:
     def draft(self, count: int) -> list[int]:
         """Propose the next `count` tokens."""
         if self.steering:
-            with self.steering.ahead() as steering:
-                return self._draft(count, steering)
-        return self._draft(count, None)
+            drafts: list[int] = []
+            # Where the grammar cannot go on from a draft, there are fewer: the answer itself may not come there.
+            with self.steering.ahead() as steering, contextlib.suppress(GrammarError):
+                for draft in self._draft(count, steering):
+                    drafts.append(draft)
+            return drafts
+        return list(self._draft(count, None))
 
-    def _draft(self, count: int, steering: Steering | None) -> list[int]:
-        drafts: list[int] = []
+    def _draft(self, count: int, steering: Steering | None) -> Iterator[int]:
         if count and len(self.head_tokens) > self.mtp_k + 1:
             self._fill_head(len(self.head_tokens) - 1)
         tokens, hidden = self.head_tokens, self.head_hidden
@@ -152,10 +156,9 @@ class Decoder:
             row += len(tokens)
             found = steering.apply(logits[0]) if steering else logits[0]
             tokens = [self.drafter.sample(found, self.position + 1 + i)]
-            drafts += tokens
+            yield tokens[0]
             if steering:
                 steering.push(tokens[0])
-        return drafts
 
     def _fill_head(self, rows: int) -> None:
         """The first rows that the head has not seen into its cache."""
@@ -167,6 +170,7 @@ class Decoder:
         """One round with `count` drafts -> (drafts, the tokens they became: one more than were accepted)."""
         count = count if limit is None else min(count, limit - 1)
         drafts = self.draft(count)
+        count = len(drafts)
         rows = np.asarray([self.last, *drafts], np.int64)
         hidden, logits = self.engine.verify(rows, self.position, self.accepted)
         self.logprobs = []

@@ -170,6 +170,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.worker.stop()
+        self.service.stopping.set()
         timer = asyncio.get_running_loop().call_later(self.grace, self.service.worker.abort)
         try:
             await super().shutdown(sockets)

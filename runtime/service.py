@@ -61,6 +61,7 @@ class Service:
         session.tokenizer.bytes_of(0)  # so that no request waits for what is made at the first call
         self.worker = Worker(session, settings.queue, settings.reuse)
         self.metrics = Metrics(lambda: self.worker.waiting)
+        self.stopping = asyncio.Event()
         self.coming = 0  # requests that are not in the queue yet
         self._preparer = ThreadPoolExecutor(1, "prepare")  # one: in the order they came
 

@@ -15,6 +15,7 @@ ends in the same place, and the next one is prefilled in the same chunks, whatev
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -119,6 +120,7 @@ class Session:
         self.tokens: list[int] = []
         self.text, self.reused, self.again = "", 0, False
         self.finish_reason: Literal["stop", "length"] | None = None
+        self.turn = 0  # answers begun
         self.is_known = True  # whether the caches hold tokens[:decoder.position]
 
     def encode(self, messages: Sequence[Message], **variables: Any) -> list[int]:
@@ -202,12 +204,23 @@ class Session:
         sampler, steering = Sampler(request.sampling), None
         if request.grammar or request.sampling.steers:
             steering = Steering(request.sampling, size, prompt, request.grammar)
-        self.decoder.ask(sampler, steering, request.logprobs)
-        return self._answer(list(prompt), request, count, self.auto if mtp_k == "auto" else mtp_k, update, reuse)
+        drafts = self.auto if mtp_k == "auto" else mtp_k
+        ask = functools.partial(self.decoder.ask, sampler, steering, request.logprobs)
+        return self._answer(list(prompt), request, count, drafts, ask, update, reuse)
 
     def _answer(
-        self, prompt: list[int], request: Request, count: int, mtp_k: int | AutoK, update: Update | None, reuse: bool
+        self,
+        prompt: list[int],
+        request: Request,
+        count: int,
+        mtp_k: int | AutoK,
+        ask: Callable[[], None],
+        update: Update | None,
+        reuse: bool,
     ) -> Iterator[Piece]:
+        self.turn += 1
+        turn = self.turn
+        ask()
         held = self.tokens[: self.decoder.position]
         extends = reuse and self.is_known and len(prompt) > len(held) and prompt[: len(held)] == held
         self.is_known = False  # whenever the decoder works: it may be interrupted
@@ -241,6 +254,8 @@ class Session:
             self.is_known = True
             cut = r._replace(tokens=r.tokens[:kept], accepted=min(r.accepted, kept), logprobs=r.logprobs[:kept])
             yield Piece(segments, cut)
+            if self.turn != turn:
+                raise RuntimeError("another answer has begun: this one cannot go on")
             self.is_known = False
             if self.finish_reason:
                 break

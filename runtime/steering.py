@@ -18,10 +18,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from export.errors import UserError
 from runtime.sampling import Floats, SamplingConfig
 
 if TYPE_CHECKING:
     from runtime.grammar import Grammar
+
+
+class GrammarError(UserError):
+    """A grammar that cannot be made, or cannot go on."""
+
 
 MASKED = np.float32(-1e30)  # finite, at the lowest temperature too
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from export.errors import UserError
 from runtime.fields import RequestError
-from runtime.grammar import GrammarError
 from runtime.session import Piece, Request, Session
+from runtime.steering import GrammarError
 
 LOG = logging.getLogger("tandem.serve")
 
@@ -166,7 +166,9 @@ class Worker:
                     job.check()
         except UserError as error:
             LOG.error("%s", error)
-            return RequestError(400 if isinstance(error, GrammarError) else 500, str(error))
+            if isinstance(error, GrammarError):
+                return RequestError(400, f"response_format: {error}", "response_format")
+            return RequestError(500, str(error))
         return Done(self.session.finish_reason or "stop", self.session.reused)
 
 

@@ -118,6 +118,16 @@ def test_who_leaves_ends_the_answer(stream: bool, running: Running, monkeypatch:
     assert said(running.post(TEXT, **CONTROL))
 
 
+def test_a_stop_does_not_wait_for_bodies(demo: Path) -> None:
+    with serve(demo, grace=60) as running:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{"
+        with socket.create_connection(("127.0.0.1", running.port), timeout=20) as connection:
+            connection.sendall(head.encode())
+            assert eventually(lambda: running.service.coming == 1)
+            running.stop()
+            assert connection.recv(12) == b"HTTP/1.1 503"  # within the 20 seconds, not after the 60
+
+
 def test_who_leaves_ends_the_prefill(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, worker = running.service.session.engine, running.service.worker
     began, go_on, prefill = threading.Event(), threading.Event(), engine.prefill

@@ -5,6 +5,7 @@ pytest tests/test_steering.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from export.errors import UserError
 from runtime.grammar import Grammar, Grammars
 from runtime.sampling import SamplingConfig, SettingError, logprob_of
 from runtime.session import MtpK, Request, Session
-from runtime.steering import MASKED, Steering
+from runtime.steering import MASKED, GrammarError, Steering
 from runtime.text import Segment, StopStrings
 from runtime.tokenizer import Tokenizer
 from tests.test_decode import ROOT, decode, refused
@@ -200,6 +201,59 @@ def test_json_parses_whatever_is_drafted(session: Session, grammars: Grammars, s
     assert finished
 
 
+class Fragile:
+    """A grammar that cannot go on from any token but those of one answer."""
+
+    def __init__(self, tokens: list[int], at: int = 0) -> None:
+        self.tokens, self.at = tokens, at
+
+    def start(self) -> Fragile:
+        return self.copy()
+
+    def copy(self) -> Fragile:
+        return Fragile(self.tokens, self.at)
+
+    def allowed(self) -> None:
+        return None
+
+    def push(self, token: int) -> bool:
+        if self.at < len(self.tokens) and token != self.tokens[self.at]:
+            raise GrammarError("a limit of the library")
+        self.at += 1
+        return True
+
+
+def test_a_draft_never_fails_the_answer(session: Session) -> None:
+    """Wrong drafts may lead where the grammar cannot go on."""
+    request = Request(SamplingConfig(temperature=1.0, seed=3), 40)
+    _, tokens, _, _ = answer(session, PROMPTS[0], request)
+    grammar: Any = Fragile(tokens)
+    assert with_every_k(session, PROMPTS[0], dataclasses.replace(request, grammar=grammar))[1] == tokens
+
+
+def test_large_schemas(session: Session, grammars: Grammars) -> None:
+    schema: dict[str, Any] = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(700)}}
+    schema["additionalProperties"] = False
+    request = Request(SamplingConfig(temperature=1.0, seed=1), 30, grammar=grammars.json_schema(schema))
+    assert with_every_k(session, PROMPTS[0], request)[0].startswith("{")
+
+
+def test_an_answer_ends_where_another_begins(session: Session) -> None:
+    request = Request(SamplingConfig(temperature=1.0, seed=3), 20)
+    wanted = answer(session, PROMPTS[0], request)[1]
+    assert session.tokenizer
+    prompt = session.tokenizer.encode(PROMPTS[0])
+    asked = session.answer(prompt, request, reuse=False)
+    answer(session, PROMPTS[1], Request(SamplingConfig(), 20))
+    list(asked)  # asked first, begun last: it is what it was asked to be
+    assert session.tokens[len(prompt) :] == wanted
+    left = session.answer(prompt, request, reuse=False)
+    next(left)
+    answer(session, PROMPTS[1], Request(SamplingConfig(), 20))
+    with pytest.raises(RuntimeError, match="another answer"):
+        next(left)
+
+
 def test_masks_admit_what_the_schema_does(session: Session, grammars: Grammars) -> None:
     """Against a parser: a complete text of the schema passes token by token; one that is not is stopped."""
     assert session.tokenizer
@@ -227,6 +281,7 @@ def test_masks_admit_what_the_schema_does(session: Session, grammars: Grammars) 
     [
         *("{", "[]", "3", '{"type": "cow"}', {"pattern": "(", "type": "string"}, {"$ref": "http://x/y"}),
         {"items": [{"multipleOf": 1e-3}, {"multipleOf": 999983}]},
+        {"type": "object", "x-guidance": {"item_separator": "x"}},
     ],
 )
 def test_schemas_that_are_none(grammars: Grammars, schema: Any) -> None:
