@@ -179,9 +179,18 @@ def _replaced(out: Path) -> Iterator[Path]:
     fresh = out.parent / f".{out.name}.new-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     fresh.mkdir()
-    previous = signal.signal(signal.SIGTERM, _terminated)
+    interrupts: list[int] = []
+
+    def interrupted(number: int, frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupted) for number in heeded}
     try:
         yield fresh
+        if interrupts:  # what was raised for it hit a callback of a library, and was lost there
+            raise KeyboardInterrupt
         if out.exists():
             out.rename(old)
         fresh.rename(out)  # an interrupt between the two ends in `finally`, which undoes the first
@@ -190,7 +199,8 @@ def _replaced(out: Path) -> Iterator[Path]:
             old.rename(out)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _recover(out: Path) -> None:
@@ -214,10 +224,6 @@ def _is_another_build(pid: str) -> bool:
     except PermissionError:
         pass  # somebody else's
     return int(pid) != os.getpid()
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main() -> None:

@@ -453,6 +453,15 @@ def test_interrupted_build_leaves_the_old_engines(number: signal.Signals, built:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "engines"}
 
 
+def test_an_interrupt_that_a_library_swallows_ends_the_build(tmp_path: Path) -> None:
+    out = tmp_path / "engines"
+    with pytest.raises(KeyboardInterrupt), _replaced(out) as fresh:
+        (fresh / "file").write_text("new")
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     """Build, not only weights: 4 and 16 layers of the real widths with 64 experts, 0.8 and 2.3 GB."""
     peaks = []
