@@ -65,12 +65,9 @@ class Grammars:
             raise GrammarError(f"JSON schema: {error}; mend it") from None
         if multiples > MAX_MULTIPLE:
             raise GrammarError(f"JSON schema: its `multipleOf` add up to more than {MAX_MULTIPLE}; use smaller ones")
-        is_wrong, messages = LLMatcher.validate_grammar_with_warnings(source, self.tokenizer, limits=LIMITS)
-        if is_wrong:
-            raise GrammarError(f"JSON schema: {_line(messages[0])}; mend it, or leave that part out")
         matcher = LLMatcher(self.tokenizer, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise GrammarError(f"JSON schema: {_line(matcher.get_error())}; make it simpler")
+            raise GrammarError(f"JSON schema: {_line(matcher.get_error())}; mend it, or leave that part out")
         return Grammar(self, matcher)
 
 

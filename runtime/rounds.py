@@ -140,8 +140,8 @@ class Decoder:
         if self.steering:
             drafts: list[int] = []
             # Where the grammar cannot go on from a draft, there are fewer: the answer itself may not come there.
-            with self.steering.ahead() as steering, contextlib.suppress(GrammarError):
-                for draft in self._draft(count, steering):
+            with self.steering.ahead(), contextlib.suppress(GrammarError):
+                for draft in self._draft(count, self.steering):
                     drafts.append(draft)
             return drafts
         return list(self._draft(count, None))

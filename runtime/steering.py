@@ -12,7 +12,8 @@ kernels in plugins/sampling do the same arithmetic, operation by operation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,24 +78,12 @@ class Steering:
             went = self.state.push(token)
             assert went, "a token against the grammar"
 
-    def ahead(self) -> Drafted:
-        """For tokens that may be taken back."""
-        return Drafted(self)
-
-
-class Drafted:
-    """A `with` block whose pushes are undone at its end."""
-
-    def __init__(self, steering: Steering) -> None:
-        self.steering = steering
-
-    def __enter__(self) -> Steering:
-        self._counts = self.steering.counts
-        self.steering.counts = self._counts.copy()
-        self._state = self.steering.state
-        if self._state:
-            self.steering.state = self._state.copy()
-        return self.steering
-
-    def __exit__(self, *_: object) -> None:
-        self.steering.counts, self.steering.state = self._counts, self._state
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """What is pushed in this block is taken back at its end."""
+        counts, state = self.counts, self.state
+        self.counts, self.state = counts.copy(), state.copy() if state else None
+        try:
+            yield
+        finally:
+            self.counts, self.state = counts, state

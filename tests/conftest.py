@@ -68,3 +68,11 @@ def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Build:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's engines for a CPU."""
+    directory = tmp_path_factory.mktemp("demo") / "engines"
+    build(Path(__file__).parents[1] / "demo" / "checkpoint", directory)
+    return directory

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import transformers
 
-from engines.build import build
 from engines.manifest import Manifest
 from engines.onnxruntime import OnnxRuntimeEngine
 from export.errors import UserError
@@ -80,13 +79,6 @@ OTHERS = """\
 {% if add_generation_prompt %}
     >{% endif %}
 """
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("demo") / "engines"
-    build(CHECKPOINT, directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engines.build import build
 from engines.onnxruntime import OnnxRuntimeEngine
 from export.errors import UserError
 from runtime.grammar import Grammar, Grammars
@@ -42,13 +41,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 ALL_K: tuple[MtpK, ...] = (0, 1, 2, 3, 4, "auto")
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("demo") / "engines"
-    build(CHECKPOINT, directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
